@@ -1,0 +1,234 @@
+"""Every default of mispo, once. YAML recipes only override; class defaults are the report's numbers.
+
+Torch-free. Each field carries its unit, range and source underneath. "Report" is the Step 3.5 Flash report,
+arXiv 2602.10604; "ours" marks what the report leaves open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """The policy. Exactly one of `preset` and `path` is set."""
+
+    preset: str | None = None
+    """Random weights of a built-in shape: micro, tiny or small. Needs `warm_start.steps` to be of any use."""
+    path: str | None = "stepfun-ai/Step-3.5-Flash"
+    """A Hugging Face causal LM: a directory, or a hub id."""
+    trust_remote_code: bool = False
+    """Run the modeling code that a checkpoint carries (checkpoints written by mispo need no such code here)."""
+    attention: str = "sdpa"
+    """transformers' `attn_implementation` for the trainer: sdpa or eager."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from. Exactly one of `task` and `path` is set."""
+
+    task: str | None = None
+    """Name of a reasoning-gym generator, for example count_bits."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that generator, for example {max_n: 4095}."""
+    path: str | None = None
+    """A .jsonl or .parquet file, or a hub data set id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    prompt: str = "{question}"
+    """Format string over the row's columns (for a generator also its metadata) that makes the user's message."""
+    answer: str = "answer"
+    """Column with the reference answer."""
+    max_prompt_tokens: int = 2048
+    """Tokens. A longer prompt is an error, never cut."""
+    seed: int = 0
+    """Seed of the prompt stream and of the held-out split; apart from the run's `seed`."""
+    eval_size: int = 512
+    """Held-out problems, chosen by a hash of the question, so that none is ever trained on."""
+
+
+@dataclass
+class WarmStartConfig:
+    """Supervised steps on generated traces before RL; stands in for a pre-trained model. Ours."""
+
+    steps: int = 0
+    """Optimizer steps; 0 = off. Stops early on purpose, so that sampling mixes both habits."""
+    batch_size: int = 64
+    """Traces per step."""
+    lr: float = 2.0e-3
+    """Peak learning rate (AdamW, betas 0.9 and 0.98)."""
+    warmup_steps: int = 20
+    """Linear warm-up; then constant, then linear decay to 0 over the second half."""
+    terse_fraction: float = 0.7
+    """Share of traces that answer at once, without thinking; in [0, 1]."""
+
+
+@dataclass
+class RewardConfig:
+    """The verifier."""
+
+    name: str = "gym"
+    """gym: reasoning-gym's scorer for `data.task`, exact; exact: text after the thinking equals the answer."""
+    format_weight: float = 0.0
+    """Reward for a well-formed trace (one closed think block, then an answer), mixed in: (1−w)·task + w·format."""
+    timeout_s: float = 10.0
+    """Seconds one score may take before its worker is killed; the outcome is then `timeout`, reward 0."""
+    workers: int = 1
+    """Child processes that score."""
+    permute: bool = False
+    """Control experiment: shuffle the rewards within each step, so that nothing can be learnt from them."""
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling of trajectories."""
+
+    prompts_per_step: int = 256
+    """Prompts per training step (report: 256)."""
+    samples_per_prompt: int = 16
+    """Completions per prompt (report: 16)."""
+    max_new_tokens: int = 32768
+    """Tokens; a completion that reaches it is truncated (finish_reason `length`). Ours."""
+    temperature: float = 1.0
+    """Sampling temperature, > 0 (report: 1). Log-probs are taken after it."""
+    slots: int = 256
+    """Sequences decoded at once by the native engine, per rank."""
+    staleness: int = 0
+    """Sample from the weights of this many actor updates ago; 0 = current weights. For off-policy studies."""
+    dtype: str = "auto"
+    """Precision of the rollout copy: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16. Routers stay fp32."""
+    parity_tolerance: float = 0.5
+    """Nats. Largest |Δ log-prob| between engine and trainer allowed right after a weight sync, else the run stops.
+    A sync that did not happen shows 2 to 4; bf16 noise stays well below."""
+
+
+@dataclass
+class FilterConfig:
+    """Metropolis independence filter: which tokens and trajectories are kept."""
+
+    name: str = "bounds"
+    """bounds: the report's two tests; none: keep everything (ablation)."""
+    token_bounds: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Kept tokens have lo ≤ π_old/π_rollout ≤ hi (report: [0.5, 2])."""
+    trajectory_bounds: list[float] = field(default_factory=lambda: [0.996, 1.001])
+    """Kept trajectories have lo ≤ geometric mean of the token ratios ≤ hi (report: [0.996, 1.001])."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """MIS-PO with truncation-aware value bootstrapping."""
+
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    gamma: float = 1.0
+    """Discount, in (0, 1] (report: 1)."""
+    lam: float = 1.0
+    """GAE λ, in [0, 1] (report: 1)."""
+    whiten: str = "batch"
+    """Advantage scale: batch: (A − mean)/max(std, 0.01) over the generated tokens of the step; none. Ours."""
+    truncation: str = "bootstrap"
+    """A truncated trajectory's return: bootstrap: V(s_T) (report §5.2.2); zero: 0; mask: left out everywhere."""
+    loss_norm: str = "tokens"
+    """Denominator of the actor loss, over the whole mini-batch and all ranks: tokens: all generated tokens, so
+    that acceptance scales the step; accepted: kept tokens only. Ours."""
+
+
+@dataclass
+class CriticConfig:
+    """The value model: its own copy of the policy's backbone with a scalar head."""
+
+    warmup_steps: int = 0
+    """Steps at the beginning in which only the critic learns."""
+    head_init_std: float = 1.0e-5
+    """Standard deviation of the value head at the start."""
+    train_on_truncated: bool = True
+    """Whether truncated trajectories are in the critic's loss (their target is their own V(s_T))."""
+
+
+@dataclass
+class TrainerConfig:
+    """Two DeepSpeed engines, actor and critic."""
+
+    steps: int = 1000
+    """Training steps of this run, counted from the beginning, also after a resume. Ours."""
+    actor_minibatches: int = 4
+    """Actor optimizer updates per step; near-equal parts of the step's trajectories (report: 4)."""
+    critic_minibatches: int = 12
+    """Critic optimizer updates per step (report: 12)."""
+    tokens_per_microbatch: int = 32768
+    """Tokens, padding included, in one forward; bounds memory, never changes the result."""
+    actor_lr: float = 2.0e-6
+    """Actor learning rate (report: 2e-6)."""
+    actor_warmup_updates: int = 20
+    """Linear warm-up, in actor updates (report: 20)."""
+    critic_lr: float = 5.0e-6
+    """Critic learning rate (report: 5e-6)."""
+    critic_warmup_updates: int = 50
+    """Linear warm-up, in critic updates (report: 50)."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only (report: 0.1 with Muon; here AdamW, a marked deviation)."""
+    max_grad_norm: float = 1.0
+    """Gradient norm is clipped to this, per model, > 0. Ours."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0, 1, 2 or 3."""
+    dtype: str = "auto"
+    """Compute precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16. Parameters and routers stay fp32."""
+    max_skipped_updates: int = 3
+    """Consecutive updates with a non-finite gradient before the run stops."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out accuracy. Row 0 of the metrics is the state before RL."""
+
+    every: int = 0
+    """Steps between evaluations; 0 = only before and after."""
+    samples: int = 1
+    """Sampled completions per held-out problem (k of avg@k); the greedy one comes on top; 0 = greedy only."""
+    traces: int = 10
+    """Sample traces kept before and after for the report."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Atomic checkpoints: the actor is a plain Hugging Face directory, trainer state beside it."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step always writes one; 0 = only the last."""
+    keep_last: int = 2
+    """Checkpoints kept; ≥ 1."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go. metrics.jsonl is always written."""
+
+    wandb: str = "auto"
+    """auto: online with a key, else offline; online; offline; disabled."""
+    project: str = "mispo"
+    """Weights & Biases project."""
+    entity: str | None = None
+    """Weights & Biases team; None = your default."""
+    rollouts_every: int = 1
+    """Steps between saved rollouts/step_N.parquet; 0 = never."""
+
+
+@dataclass
+class MispoConfig:
+    """The whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    """Seeds weights, sampling and mini-batches. Same seed, same machine: same run, bit for bit on CPU."""
+    run_dir: str | None = None
+    """Where everything is written; None = runs/<recipe>-<date-time>/ of the working directory."""

@@ -1,0 +1,1 @@
+"""Hydra recipes: YAML that overrides the defaults in `mispo.config`, and nothing else."""

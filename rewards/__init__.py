@@ -1,0 +1,1 @@
+"""Rewards: verifiers that score a completion, run in child processes that can be killed."""
