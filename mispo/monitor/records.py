@@ -1,0 +1,83 @@
+"""Trajectories on disk: all of a step's as parquet, a few traces for the report as JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mispo.monitor.files import json_line, replacing
+from rollouts.trajectory import Trajectory
+
+ROLLOUT_FIELDS = pa.schema(
+    [
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("completion", pa.string()),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("outcome", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        ("weight_version", pa.int64()),
+        ("seed", pa.int64()),
+        ("index", pa.int64()),
+        ("sample", pa.int64()),
+    ]
+)
+"""Columns of rollouts/step_N.parquet, one row per trajectory; those of the caller follow."""
+
+SAMPLE_KEYS = ("question", "answer", "completion", "reward")
+"""Keys that every row of samples_before.jsonl and samples_after.jsonl has."""
+
+
+def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mapping[str, list[Any]]) -> None:
+    """Writes one row per trajectory, in order; atomic.
+
+    columns: further values by name, one per trajectory (advantage_mean, accepted, log_rho, …).
+    Raises ValueError if such a column has the wrong length or the name of a built-in one.
+    """
+    for name, values in columns.items():
+        if name in ROLLOUT_FIELDS.names:
+            raise ValueError(f"rollouts column {name!r} exists already; choose another name")
+        if len(values) != len(trajectories):
+            raise ValueError(
+                f"rollouts column {name!r}: {len(values)} values, {len(trajectories)} trajectories"
+            )
+    table = pa.Table.from_pylist([_record(trajectory) for trajectory in trajectories], schema=ROLLOUT_FIELDS)
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _record(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "question": trajectory.prompt.text,
+        "answer": trajectory.prompt.answer,
+        "completion": trajectory.completion,
+        "finish_reason": trajectory.finish_reason,
+        "reward": trajectory.reward,
+        "outcome": trajectory.reward_info.get("outcome"),
+        "prompt_ids": trajectory.prompt_ids.cpu().numpy(),
+        "completion_ids": trajectory.completion_ids.cpu().numpy(),
+        "rollout_logprobs": trajectory.rollout_logprobs.cpu().numpy(),
+        "weight_version": trajectory.weight_version,
+        "seed": trajectory.seed,
+        "index": trajectory.prompt.index,
+        "sample": trajectory.sample,
+    }
+
+
+def save_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes traces as JSON lines; atomic. Rows have SAMPLE_KEYS, and may have more."""
+    for row in rows:
+        missing = [key for key in SAMPLE_KEYS if key not in row]
+        assert not missing, f"a sample lacks {', '.join(missing)}"
+    with replacing(path) as temporary:
+        temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")

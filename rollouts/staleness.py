@@ -1,0 +1,47 @@
+"""Old weights on purpose: sample from the policy of some updates ago, to study off-policy training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class WeightHistory:
+    """Snapshots of the policy by version (actor optimizer updates), kept as long as they can be asked for.
+
+    staleness: updates that the rollout weights lag behind, ≥ 0. Snapshots lie in CPU memory.
+    """
+
+    def __init__(self, staleness: int) -> None:
+        if staleness < 0:
+            raise ValueError(f"rollout.staleness: {staleness} is negative; give actor updates ≥ 0")
+        self.staleness = staleness
+        self._snapshots: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def versions(self) -> list[int]:
+        """Versions held, oldest first."""
+        return list(self._snapshots)
+
+    def push(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        """Copy the weights after `version` updates; versions rise. Drops what no later call can return."""
+        assert not self._snapshots or version > self.versions[-1], "versions must rise"
+        self._snapshots[version] = {
+            name: torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
+            for name, tensor in weights.items()
+        }
+        chosen = self._chosen()
+        self._snapshots = {held: kept for held, kept in self._snapshots.items() if held >= chosen}
+
+    def stale(self) -> tuple[int, dict[str, Tensor]]:
+        """(version, weights): the newest snapshot at least `staleness` updates older than the last pushed,
+        the oldest held while none is old enough."""
+        assert self._snapshots, "push the initial weights first"
+        chosen = self._chosen()
+        return chosen, self._snapshots[chosen]
+
+    def _chosen(self) -> int:
+        target = self.versions[-1] - self.staleness
+        return max((held for held in self.versions if held <= target), default=self.versions[0])
