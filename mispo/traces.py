@@ -1,0 +1,44 @@
+"""Traces for the warm start: for each task, how a careful and a terse solver write.
+
+They stand in for pre-training, so that RL starts from a model that masters both habits and has to find out
+which of them pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def count_bits_careful(row: Row) -> str:
+    """Halve the number again and again and keep count: `<think>138:0;69:1;34:1;17:2;8:2;4:2;2:2;1:3</think>3`."""
+    number, count, steps = int(row["number"]), 0, []
+    while number:
+        count += number & 1
+        steps.append(f"{number}:{count}")
+        number >>= 1
+    return f"<think>{';'.join(steps)}</think>{row['answer']}"
+
+
+def terse(row: Row) -> str:
+    """The answer at once, as if it could be seen at a glance."""
+    return f"<think></think>{row['answer']}"
+
+
+CAREFUL: dict[str, Callable[[Row], str]] = {"count_bits": count_bits_careful}
+"""Task → its careful trace."""
+
+
+def careful_writer(task: str | None) -> Callable[[Row], str]:
+    """ValueError for a task without one, with the nearest that has."""
+    if task not in CAREFUL:
+        near = get_close_matches(str(task), CAREFUL, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"warm_start.steps: nobody has written traces for data.task {task!r}{hint} "
+            f"(there are {', '.join(CAREFUL)}); set warm_start.steps=0 and start from model.path"
+        )
+    return CAREFUL[task]

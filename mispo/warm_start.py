@@ -1,0 +1,89 @@
+"""Supervised steps on generated traces: a model that can do a task in two ways, before RL chooses between them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mispo.config.schema import WarmStartConfig
+from mispo.data import PromptStream
+from mispo.traces import careful_writer, terse
+
+BETAS = (0.9, 0.98)
+MAX_GRAD_NORM = 1.0
+IGNORE = -100
+
+
+def warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: PromptStream,
+    config: WarmStartConfig,
+    *,
+    task: str | None,
+    seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Train `model` in place on `config.steps` batches of traces of the stream's problems.
+
+    Terse and careful traces share a batch and one mean over all their tokens: batches of one kind, or a mean
+    per trace, would skew the mixture that sampling shows. on_step(step, loss) is called after each step.
+    """
+    careful = careful_writer(task)
+    choose = random.Random(seed)
+    rows = stream.rows()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    model.train()
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * schedule(step, config)
+        pairs = []
+        for _ in range(config.batch_size):
+            position, row = next(rows)
+            writer = terse if choose.random() < config.terse_fraction else careful
+            trace = tokenizer(writer(row) + tokenizer.eos_token, add_special_tokens=False).input_ids
+            pairs.append((stream.prompt(position, row).ids, torch.tensor(trace)))
+        loss = backward_traces(model, pairs, tokenizer.pad_token_id)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        on_step(step + 1, loss)
+
+
+def schedule(step: int, config: WarmStartConfig) -> float:
+    """Factor on the peak rate: linear warm-up, constant, linear to 0 over the second half."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    return warm * min(1.0, 2 * (config.steps - step) / config.steps)
+
+
+def backward_traces(model: PreTrainedModel, pairs: list[tuple[Tensor, Tensor]], pad_token_id: int) -> float:
+    """Gradient of the mean negative log-likelihood over all trace tokens of the batch; returns that mean.
+
+    pairs: (prompt [P], trace [T]) ids. The short and the long half run apart, to spare padding; both are
+    divided by the token count of the whole batch.
+    """
+    device = next(model.parameters()).device
+    tokens = sum(len(trace) for _, trace in pairs)
+    ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    total = 0.0
+    for part in (ordered[: len(pairs) // 2], ordered[len(pairs) // 2 :]):
+        if not part:
+            continue
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.cat(pair) for pair in part], batch_first=True, padding_value=pad_token_id
+        )
+        targets = torch.full_like(ids, IGNORE)
+        for row, (prompt, trace) in enumerate(part):
+            targets[row, len(prompt) : len(prompt) + len(trace)] = trace
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        loss = F.cross_entropy(
+            logits, targets[:, 1:].to(device).flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        (loss / tokens).backward()
+        total += loss.item() / tokens
+    return total

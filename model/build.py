@@ -1,0 +1,79 @@
+"""From a preset's name or a checkpoint to a policy and its tokenizer, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from model.presets import preset_config
+from model.routing import keep_router_fp32
+from model.step import StepForCausalLM
+from model.tokenizer import character_tokenizer
+
+
+def build_policy(
+    preset: str | None,
+    path: str | None,
+    *,
+    seed: int = 0,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy, in float32 and training mode, routers kept in float32, and its tokenizer.
+
+    Exactly one of preset (random weights from `seed`) and path (a directory or hub id) is given.
+    ValueError for an unknown preset, a path that is no causal LM, or a tokenizer without what RL needs.
+    """
+    if (preset is None) == (path is None):
+        raise ValueError("model: set exactly one of model.preset and model.path")
+    if preset is not None:
+        tokenizer: PreTrainedTokenizerBase = character_tokenizer()
+        config = preset_config(
+            preset,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        config._attn_implementation = attention
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: PreTrainedModel = StepForCausalLM(config)
+    else:
+        model, tokenizer = _load(str(path), attention, trust_remote_code)
+    keep_router_fp32(model)
+    return model.train(), tokenizer
+
+
+def _load(
+    path: str, attention: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ValueError(f"model.path: no directory {path!r}; give a Hugging Face model directory or a hub id")
+    source = str(Path(path).expanduser()) if looks_local else path
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model.path: {path!r} does not open as a causal LM: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model.path: {path!r} lacks {len(missing)} tensors of {type(model).__name__}: "
+            f"{', '.join(missing[:5])}; it is a checkpoint of another model"
+        )
+    if tokenizer.chat_template is None:
+        raise ValueError(f"model.path: the tokenizer of {path!r} has no chat template; give an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.path: the tokenizer of {path!r} has no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

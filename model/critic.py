@@ -1,0 +1,43 @@
+"""The critic: the policy's backbone, copied, with a scalar head."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Critic(nn.Module):
+    """V(s) at any position of a batch (report §5.2.2: separate value model).
+
+    backbone: decoder without a language-model head. head_init_std: standard deviation of the value head; its
+    bias starts at 0. The head computes in float32 whatever the backbone's precision.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, head_init_std: float, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        embedding = backbone.get_input_embeddings().weight
+        self.value_head = nn.Linear(embedding.shape[1], 1, device=embedding.device, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.value_head.weight.copy_(
+                torch.randn(self.value_head.weight.shape, generator=generator) * head_init_std
+            )
+            self.value_head.bias.zero_()
+
+    @classmethod
+    def from_policy(cls, policy: PreTrainedModel, head_init_std: float, seed: int) -> Critic:
+        """A critic whose backbone is an independent copy of the policy's decoder."""
+        return cls(copy.deepcopy(policy.get_decoder()), head_init_std, seed)
+
+    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """input_ids [B, S], padded on the right; values at (rows [n], columns [n]) → [n] float32.
+
+        No attention mask: under causal attention nothing real ever sees the padding on its right.
+        """
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
