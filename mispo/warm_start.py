@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +37,18 @@ def warm_start(
     careful = careful_writer(task)
     choose = random.Random(seed)
     rows = stream.rows()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0, fused=True)
     model.train()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, config)
-        pairs = []
+        short, long = [], []
         for _ in range(config.batch_size):
             position, row = next(rows)
-            writer = terse if choose.random() < config.terse_fraction else careful
+            writer, pairs = (terse, short) if choose.random() < config.terse_fraction else (careful, long)
             trace = tokenizer(writer(row) + tokenizer.eos_token, add_special_tokens=False).input_ids
             pairs.append((stream.prompt(position, row).ids, torch.tensor(trace)))
-        loss = backward_traces(model, pairs, tokenizer.pad_token_id)
+        loss = backward_traces(model, (short, long), tokenizer.pad_token_id)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -61,19 +61,18 @@ def schedule(step: int, config: WarmStartConfig) -> float:
     return warm * min(1.0, 2 * (config.steps - step) / config.steps)
 
 
-def backward_traces(model: PreTrainedModel, pairs: list[tuple[Tensor, Tensor]], pad_token_id: int) -> float:
+def backward_traces(
+    model: PreTrainedModel, parts: Sequence[list[tuple[Tensor, Tensor]]], pad_token_id: int
+) -> float:
     """Gradient of the mean negative log-likelihood over all trace tokens of the batch; returns that mean.
 
-    pairs: (prompt [P], trace [T]) ids. The short and the long half run apart, to spare padding; both are
-    divided by the token count of the whole batch.
+    parts: lists of (prompt [P], trace [T]) ids, padded each for itself; all are divided by the token count of
+    the whole batch.
     """
     device = next(model.parameters()).device
-    tokens = sum(len(trace) for _, trace in pairs)
-    ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    tokens = sum(len(trace) for part in parts for _, trace in part)
     total = 0.0
-    for part in (ordered[: len(pairs) // 2], ordered[len(pairs) // 2 :]):
-        if not part:
-            continue
+    for part in filter(None, parts):
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.cat(pair) for pair in part], batch_first=True, padding_value=pad_token_id
         )

@@ -1,4 +1,4 @@
-"""HTML of the report: pieces of text in, one self-contained page out. Everything from outside is escaped here."""
+"""HTML of the report: text in, one self-contained page out. Everything from outside is escaped here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1c1e21; --soft: #61676f; --page: #fff; --box: #f5f6f8; --line: #dcdfe4;
-  --good: #1a7f37; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e6ea; --soft: #9aa1ab; --page: #15171a; --box: #1f2226;
-  --line: #363a41; --good: #57c26f; --bad: #ff8a80; } }
+:root { color-scheme: light dark; --text: #1c1e21; --soft: #61676f; --page: #fff; --box: #f5f6f8;
+  --line: #dcdfe4; --good: #1a7f37; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e6ea; --soft: #9aa1ab; --page: #15171a;
+  --box: #1f2226; --line: #363a41; --good: #57c26f; --bad: #ff8a80; } }
 body { margin: 2rem auto; padding: 0 1.2rem; max-width: 68rem; color: var(--text); background: var(--page);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
@@ -73,7 +73,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
         return "".join(f"<{tag}{mark if i else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
 
     head = f"<thead><tr>{cells(header, 'th')}</tr></thead>" if header else ""
-    return f"<table>{head}<tbody>{''.join(f'<tr>{cells(row, "td")}</tr>' for row in rows)}</tbody></table>"
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table>{head}<tbody>{body}</tbody></table>"
 
 
 def trace_pair(number: int, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:

@@ -17,8 +17,8 @@ def routing_metrics(
     """Metrics over the generated tokens of all ranks.
 
     confidence [L, N]: probability mass of the activated experts, per MoE layer and token.
-    experts [L, N, k]: ids of the activated experts, any integer type. N may be 0 and may differ between ranks;
-    every rank must call this, as it reduces once.
+    experts [L, N, k]: ids of the activated experts, any integer type. N may be 0 and differ between
+    ranks; every rank must call this, as it reduces once.
 
     - moe/confidence/mean and moe/confidence/layer_{i}, i = position among the MoE layers
     - moe/max_violation: largest expert load / mean load − 1, the worst layer; 0 = perfectly even

@@ -47,7 +47,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def merge_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row per step, ordered; where a step has several rows (training, evaluation) later ones win per key."""
+    """One row per step, ordered; of several rows of a step (training, evaluation) the later wins per key."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)

@@ -14,7 +14,7 @@ AXIS_WIDTH = 7
 
 
 def curve(rows: Sequence[Row], *, width: int = 100, height: int = 9) -> str:
-    """Two panels side by side, height + 3 lines: reward (area) with greedy accuracy (◆), and mean length (area).
+    """Two panels side by side, height + 3 lines: reward (area) with greedy accuracy (◆), and mean length.
 
     rows: metric rows, in any order. Without colour; a metric that was never logged leaves its panel empty.
     """

@@ -72,10 +72,11 @@ class Tracker:
         """One line for people: where the metrics of this run can be seen."""
         if self._run is None:
             return self._file.name
-        return f"{self._file.name}, W&B {'offline (upload with `wandb sync`)' if self._run.offline else self._run.url}"
+        where = "offline (upload with `wandb sync`)" if self._run.offline else self._run.url
+        return f"{self._file.name}, W&B {where}"
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Writes one row and flushes it. Values are numbers; NaN and infinities become null (W&B: left out)."""
+        """Writes one row and flushes it. NaN and infinities become null (in W&B they are left out)."""
         for key, value in metrics.items():
             assert value is None or isinstance(value, Real), f"{key}: {type(value).__name__} is not a number"
         assert "step" not in metrics, "the step is an argument of its own"
@@ -117,7 +118,7 @@ def _start_wandb(
     if settings.wandb == "online" and not logged_in:
         # Without this check wandb would ask for a key at the terminal.
         raise ValueError(
-            "tracking.wandb: online needs a key; set WANDB_API_KEY, run `wandb login`, or choose auto or offline"
+            "tracking.wandb: online needs a key; set WANDB_API_KEY, run `wandb login`, or use auto or offline"
         )
     if settings.wandb == "offline" or not logged_in:
         return _init_wandb("offline", run_dir, settings, config, run_id)

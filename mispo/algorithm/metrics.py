@@ -1,0 +1,96 @@
+"""What the filter did and how far rollout and trainer are apart.
+
+All functions take per-trajectory tensors [B] of the whole step (all ranks).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mispo.algorithm.filter import Selection
+from mispo.algorithm.segments import lengths_of, owner_of, segment_sum
+
+LENGTH_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)
+"""Lower edges of the length buckets in mis/accept_len/*, in generated tokens."""
+
+
+@dataclass(frozen=True)
+class MismatchSums:
+    """Per trajectory [B] float64: sums over its tokens, so that ranks can be put together."""
+
+    k1_B: Tensor
+    k3_B: Tensor
+    max_abs_B: Tensor
+    kept_B: Tensor
+    lengths_B: Tensor
+
+
+def mismatch_sums(
+    old_logprobs_N: Tensor, rollout_logprobs_N: Tensor, keep_N: Tensor, offsets_B1: Tensor
+) -> MismatchSums:
+    """Ingredients of `mismatch_metrics`, from one rank's tokens."""
+    log_x_N = old_logprobs_N.double() - rollout_logprobs_N.double()
+    lengths_B = lengths_of(offsets_B1)
+    max_abs_B = torch.zeros(len(lengths_B), dtype=torch.float64, device=log_x_N.device)
+    max_abs_B.scatter_reduce_(0, owner_of(offsets_B1), log_x_N.abs(), "amax")
+    return MismatchSums(
+        k1_B=segment_sum(-log_x_N, offsets_B1),
+        k3_B=segment_sum(log_x_N.exp() - 1 - log_x_N, offsets_B1),
+        max_abs_B=max_abs_B,
+        kept_B=segment_sum(keep_N, offsets_B1),
+        lengths_B=lengths_B.double(),
+    )
+
+
+def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
+    """Estimates of KL(π_rollout ‖ π_old) per token in nats: k1 = −log x (unbiased), k3 = x − 1 − log x (≥ 0);
+    the largest |log x|; and the share of tokens that pass the token test."""
+    tokens = sums.lengths_B.sum().clamp_min(1)
+    return {
+        "mismatch/k1": (sums.k1_B.sum() / tokens).item(),
+        "mismatch/k3": (sums.k3_B.sum() / tokens).item(),
+        "mismatch/max_abs": sums.max_abs_B.max().item(),
+        "mis/token_accept": (sums.kept_B.sum() / tokens).item(),
+    }
+
+
+def acceptance_metrics(
+    selection: Selection, lengths_B: Tensor, rewards_B: Tensor, trajectory_bounds: tuple[float, float]
+) -> dict[str, float]:
+    """Acceptance of trajectories: overall, rejections low and high apart, by reward sign and by length.
+
+    Reward sign: above or not above the mean of the step. Buckets without a trajectory are left out.
+    """
+    accepted = (selection.multiplicity_B > 0).double()
+    log_rho = selection.log_rho_B
+    low, high = (math.log(bound) for bound in trajectory_bounds)
+    better = rewards_B > rewards_B.mean()
+    quantiles = torch.quantile(log_rho.nan_to_num(), torch.tensor([0.05, 0.95]).to(log_rho)).exp()
+    metrics = {
+        "mis/traj_accept": accepted.mean().item(),
+        "mis/traj_reject_low": (log_rho < low).double().mean().item(),
+        "mis/traj_reject_high": (log_rho > high).double().mean().item(),
+        "mis/log_rho_mean": log_rho.mean().item(),
+        "mis/rho_p05": quantiles[0].item(),
+        "mis/rho_p95": quantiles[1].item(),
+    }
+    for name, chosen in (("pos", better), ("neg", ~better)):
+        if chosen.any():
+            metrics[f"mis/accept_{name}"] = accepted[chosen].mean().item()
+    for edge, upper in zip(LENGTH_EDGES, (*LENGTH_EDGES[1:], math.inf), strict=True):
+        chosen = (lengths_B >= edge) & (lengths_B < upper)
+        if chosen.any():
+            metrics[f"mis/accept_len/{edge}"] = accepted[chosen].mean().item()
+    return metrics
+
+
+def explained_variance(values: Tensor, targets: Tensor) -> float:
+    """1 − Var(target − V)/Var(target); NaN if the targets do not vary."""
+    variance = targets.double().var(correction=0)
+    if variance <= 0:
+        return float("nan")
+    return (1 - (targets.double() - values.double()).var(correction=0) / variance).item()

@@ -1,0 +1,38 @@
+"""Reductions over the trajectories of a flat batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum of a tensor over all ranks; the identity for one rank."""
+
+
+def lengths_of(offsets_B1: Tensor) -> Tensor:
+    """Tokens per trajectory [B] from offsets [B+1]."""
+    return offsets_B1[1:] - offsets_B1[:-1]
+
+
+def offsets_of(lengths_B: Tensor) -> Tensor:
+    """Offsets [B+1] from tokens per trajectory [B]."""
+    return torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
+
+
+def owner_of(offsets_B1: Tensor) -> Tensor:
+    """Index of the trajectory of each token, [N]."""
+    lengths_B = lengths_of(offsets_B1)
+    return torch.repeat_interleave(torch.arange(len(lengths_B), device=offsets_B1.device), lengths_B)
+
+
+def segment_sum(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
+    """Sum over each trajectory's tokens, [B], accumulated in float64."""
+    sums_B = torch.zeros(len(offsets_B1) - 1, dtype=torch.float64, device=x_N.device)
+    return sums_B.index_add_(0, owner_of(offsets_B1), x_N.double())
+
+
+def segment_mean(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
+    """Mean over each trajectory's tokens, [B] float64; 0 for an empty trajectory."""
+    return segment_sum(x_N, offsets_B1) / lengths_of(offsets_B1).clamp_min(1)
