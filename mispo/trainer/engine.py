@@ -1,0 +1,156 @@
+"""Actor and critic as two DeepSpeed engines through accelerate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from mispo.config.schema import TrainerConfig
+from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: its loss, gradient norm before clipping, learning rate, and whether it was applied."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+class TrainEngine:
+    """A module with its optimizer under DeepSpeed.
+
+    lr rises linearly over the first `warmup` updates, then stays. `updates` counts the applied ones.
+    """
+
+    def __init__(
+        self, name: str, engine: DeepSpeedEngine, ranks: Ranks, lr: float, warmup: int, max_skipped: int
+    ) -> None:
+        self.name = name
+        self.engine = engine
+        self.ranks = ranks
+        self.lr = lr
+        self.warmup = warmup
+        self.max_skipped = max_skipped
+        self.updates = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def forward(self, *args: Any) -> Any:
+        """The module's forward, through DeepSpeed."""
+        return self.engine(*args)
+
+    def update(self, losses: Sequence[Callable[[], Tensor]]) -> Update:
+        """One optimizer update over micro-batches; every rank passes the same number of them.
+
+        Each callable computes a micro-batch's share of the loss (a sum over a denominator of all ranks). A
+        gradient that is not finite never reaches the parameters; RuntimeError after `max_skipped` in a row.
+        """
+        self.engine.train()
+        lr = self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), dtype=torch.float64)
+        for number, compute in enumerate(losses):
+            self.engine.set_gradient_accumulation_boundary(number == len(losses) - 1)
+            loss = compute()
+            total += loss.detach().double().cpu()
+            # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
+            self.engine.backward(loss * self.ranks.size)
+        norm, applied = self._step()
+        self._count(applied)
+        return Update(self.ranks.sum(total).item(), norm, lr, applied)
+
+    def _step(self) -> tuple[float, bool]:
+        if self.engine.zero_optimization_stage() == 0:
+            # Here DeepSpeed would let a NaN through.
+            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+            if not torch.isfinite(torch.tensor(norm)):
+                self.engine.zero_grad()
+                return norm, False
+            self.engine.step()
+            self.engine.zero_grad()
+            return norm, True
+        self.engine.step()
+        applied = not self.engine.optimizer.overflow
+        return (float(self.engine.get_global_grad_norm()) if applied else float("nan")), applied
+
+    def _count(self, applied: bool) -> None:
+        if applied:
+            self.updates += 1
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise RuntimeError(
+                f"{self.name}: {self._skipped_in_a_row} updates in a row had a gradient that is not finite; "
+                f"lower trainer.{self.name}_lr, or look for NaN in the rewards (trainer.max_skipped_updates)"
+            )
+
+
+def build_engines(
+    actor: Callable[[torch.device], nn.Module], critic: Callable[[torch.device], nn.Module], config: TrainerConfig
+) -> tuple[TrainEngine, TrainEngine, Ranks]:
+    """Start the process group and put both modules under DeepSpeed.
+
+    actor, critic: build the module for the device that this rank was given.
+    """
+    prepare_environment()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    accelerator = Accelerator(
+        deepspeed_plugins=plugins,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
+    )
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    engines = []
+    for name, build, lr, warmup in (
+        ("actor", actor, config.actor_lr, config.actor_warmup_updates),
+        ("critic", critic, config.critic_lr, config.critic_warmup_updates),
+    ):
+        accelerator.state.select_deepspeed_plugin(name)
+        module = build(ranks.device)
+        # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
+        optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=0.0, betas=BETAS)
+        engine, _ = accelerator.prepare(module, optimizer)
+        engines.append(TrainEngine(name, engine, ranks, lr, warmup, config.max_skipped_updates))
+    return engines[0], engines[1], ranks
+
+
+def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON. Accumulation is steered by `TrainEngine.update`, so it is 1 here."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on matrices (and stacks of them); none on norms, biases."""
+    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,59 @@
+"""The actor as a module under DeepSpeed: from token ids to log-probs at chosen positions."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from model.critic import Critic
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on CUDA, fp32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Compute in `dtype` over float32 parameters; routers and value head switch it off for themselves."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class ActorModule(nn.Module):
+    """The policy, read at chosen positions; no [tokens, vocabulary] tensor beyond those."""
+
+    def __init__(self, policy: PreTrainedModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.policy = policy
+        self.dtype = dtype
+
+    def forward(
+        self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """ids [b, S]; log π(target) under softmax(logits/temperature) and entropy at (row, column); both [n] fp32."""
+        with autocast(ids.device, self.dtype):
+            hidden = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.policy.get_output_embeddings()(hidden[rows, columns])
+        logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+
+class CriticModule(nn.Module):
+    """The critic under the trainer's precision."""
+
+    def __init__(self, critic: Critic, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.critic = critic
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """ids [b, S]; V at (row, column), [n] fp32. Sampling temperature has no business here."""
+        with autocast(ids.device, self.dtype):
+            return self.critic(ids, rows, columns)

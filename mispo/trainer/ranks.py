@@ -1,0 +1,72 @@
+"""The few things that processes say to each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long one rank waits for another before the run ends with an error that names the collective."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is. Collectives run on `device`; with one process they cost nothing."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, the same on each."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Element-wise maximum over all ranks."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size == 1:
+            return tensor
+        shared = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(shared, op=operation)
+        return shared.to(tensor.device)
+
+    def count(self, number: int) -> int:
+        """Sum of an integer over all ranks."""
+        return int(self.sum(torch.tensor(number, dtype=torch.int64)))
+
+    def gather(self, x_B: Tensor, positions_B: Tensor, total: int) -> Tensor:
+        """Put each rank's rows at their global positions, [total, …]; the rows of all ranks together are all."""
+        everyone = torch.zeros((total, *x_B.shape[1:]), dtype=x_B.dtype, device=x_B.device)
+        everyone[positions_B] = x_B
+        return self.sum(everyone)
+
+    def share(self, count: int) -> range:
+        """The part of `count` items that this rank works on: contiguous, near-equal."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def prepare_environment() -> None:
+    """Fill in what launchers set, so that one process alone starts the same way."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
