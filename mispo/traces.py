@@ -32,6 +32,12 @@ CAREFUL: dict[str, Callable[[Row], str]] = {"count_bits": count_bits_careful}
 """Task → its careful trace."""
 
 
+def careful_opening(task: str, row: Row) -> str:
+    """The first characters of a careful trace, enough to force the habit: the tag and one character."""
+    trace = CAREFUL[task](row)
+    return trace[: len("<think>") + 1]
+
+
 def careful_writer(task: str | None) -> Callable[[Row], str]:
     """ValueError for a task without one, with the nearest that has."""
     if task not in CAREFUL:

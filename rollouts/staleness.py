@@ -25,6 +25,11 @@ class WeightHistory:
         """Versions held, oldest first."""
         return list(self._snapshots)
 
+    @property
+    def snapshots(self) -> dict[int, dict[str, Tensor]]:
+        """Weights by version, oldest first; to be saved with a checkpoint and pushed again."""
+        return dict(self._snapshots)
+
     def push(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Copy the weights after `version` updates; versions rise. Drops what no later call can return."""
         assert not self._snapshots or version > self.versions[-1], "versions must rise"

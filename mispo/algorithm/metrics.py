@@ -87,10 +87,3 @@ def acceptance_metrics(
             metrics[f"mis/accept_len/{edge}"] = accepted[chosen].mean().item()
     return metrics
 
-
-def explained_variance(values: Tensor, targets: Tensor) -> float:
-    """1 − Var(target − V)/Var(target); NaN if the targets do not vary."""
-    variance = targets.double().var(correction=0)
-    if variance <= 0:
-        return float("nan")
-    return (1 - (targets.double() - values.double()).var(correction=0) / variance).item()

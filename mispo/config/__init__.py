@@ -1,0 +1,1 @@
+"""Configuration without torch: `schema` holds every default, `load` composes recipes, `check` refuses nonsense."""

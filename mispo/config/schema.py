@@ -155,7 +155,7 @@ class TrainerConfig:
     """Actor optimizer updates per step; near-equal parts of the step's trajectories (report: 4)."""
     critic_minibatches: int = 12
     """Critic optimizer updates per step (report: 12)."""
-    tokens_per_microbatch: int = 32768
+    tokens_per_microbatch: int = 65536
     """Tokens, padding included, in one forward; bounds memory, never changes the result."""
     actor_lr: float = 2.0e-6
     """Actor learning rate (report: 2e-6)."""

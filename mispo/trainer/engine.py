@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
@@ -77,6 +78,14 @@ class TrainEngine:
         self._count(applied)
         return Update(self.ranks.sum(total).item(), norm, lr, applied)
 
+    def create_states(self, zero_loss: Tensor) -> None:
+        """Let the optimizer allocate its states by an update that changes nothing (learning rate 0)."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(zero_loss)
+        self.engine.step()
+
     def _step(self) -> tuple[float, bool]:
         if self.engine.zero_optimization_stage() == 0:
             # Here DeepSpeed would let a NaN through.
@@ -106,34 +115,37 @@ class TrainEngine:
             )
 
 
-def build_engines(
-    actor: Callable[[torch.device], nn.Module], critic: Callable[[torch.device], nn.Module], config: TrainerConfig
-) -> tuple[TrainEngine, TrainEngine, Ranks]:
-    """Start the process group and put both modules under DeepSpeed.
-
-    actor, critic: build the module for the device that this rank was given.
-    """
+def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
+    """Start the process group, with one DeepSpeed plugin for each of the two models."""
     prepare_environment()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "accelerate.accelerator"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
         deepspeed_plugins=plugins,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
     )
-    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def build_engines(
+    accelerator: Accelerator, ranks: Ranks, actor: nn.Module, critic: nn.Module, config: TrainerConfig
+) -> tuple[TrainEngine, TrainEngine]:
+    """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed."""
     engines = []
-    for name, build, lr, warmup in (
+    for name, module, lr, warmup in (
         ("actor", actor, config.actor_lr, config.actor_warmup_updates),
         ("critic", critic, config.critic_lr, config.critic_warmup_updates),
     ):
         accelerator.state.select_deepspeed_plugin(name)
-        module = build(ranks.device)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
         optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=0.0, betas=BETAS)
         engine, _ = accelerator.prepare(module, optimizer)
         engines.append(TrainEngine(name, engine, ranks, lr, warmup, config.max_skipped_updates))
-    return engines[0], engines[1], ranks
+    return engines[0], engines[1]
 
 
 def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:

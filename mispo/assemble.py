@@ -1,0 +1,225 @@
+"""Build a run from its config: the only place that knows which engine, reward or filter is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mispo.algorithm.filter import bounds_filter, keep_all
+from mispo.config.schema import FilterConfig, MispoConfig
+from mispo.data import Data, build_data
+from mispo.evaluate import Evaluator
+from mispo.monitor.console import StepPrinter, make_console
+from mispo.monitor.tracking import Tracker
+from mispo.run import Run, Select
+from mispo.trainer.checkpoint import latest_checkpoint, load_progress, load_states
+from mispo.trainer.engine import build_engines, start_ranks
+from mispo.trainer.policy import ActorModule, CriticModule, compute_dtype
+from mispo.trainer.ranks import Ranks
+from mispo.trainer.weights import WeightSync
+from mispo.warm_start import warm_start
+from model.build import build_policy
+from model.critic import Critic
+from model.routing import find_routers, keep_router_fp32
+from rewards.workers import RewardPool, RewardSpec
+from rollouts.native import NativeEngine
+from rollouts.staleness import WeightHistory
+from rollouts.worker import RolloutWorker
+
+PROBES = 4
+"""Prompts on which engine and trainer are compared after each weight sync."""
+
+WARM_START_LINES = 10
+"""Lines that the warm start prints."""
+
+
+def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
+    """Everything between the config and the first step. ValueError for what the user can mend."""
+    checkpoint = latest_checkpoint(directory / "checkpoints") if resume else None
+    progress = load_progress(checkpoint) if checkpoint else None
+    pool = RewardPool(
+        RewardSpec(config.reward.name, config.data.task, config.reward.format_weight),
+        config.reward.workers,
+        config.reward.timeout_s,
+    )
+    try:
+        accelerator, ranks = start_ranks(config.trainer)
+        printer = StepPrinter(config.trainer.steps, make_console()) if ranks.first else None
+        say = printer.console.print if printer else _silent
+        policy, tokenizer = build_policy(
+            None if checkpoint else config.model.preset,
+            str(checkpoint / "actor") if checkpoint else config.model.path,
+            seed=config.seed,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        data = build_data(config.data, tokenizer)
+        policy.to(ranks.device)
+        if checkpoint is None and config.warm_start.steps:
+            _warm_start(policy, tokenizer, data, config, ranks, say)
+        critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
+        if checkpoint:
+            critic.load_state_dict(load_file(checkpoint / "critic.safetensors"))
+        engine = _rollout_engine(policy, tokenizer, config, ranks)
+        dtype = compute_dtype(config.trainer.dtype, ranks.device)
+        actor_engine, critic_engine = build_engines(
+            accelerator, ranks, ActorModule(policy, dtype), CriticModule(critic, dtype), config.trainer
+        )
+        sync = WeightSync(
+            actor_engine,
+            engine,
+            WeightHistory(config.rollout.staleness),
+            probe=_probe(data, config),
+            tolerance=config.rollout.parity_tolerance,
+            temperature=config.rollout.temperature,
+        )
+        if progress and checkpoint:
+            load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
+            data.stream.cursor = progress.cursor
+            sync.publish()
+        routers = find_routers(policy)
+        tracker = None
+        if ranks.first:
+            tracker = Tracker(
+                directory,
+                settings=config.tracking,
+                config=asdict(config),
+                resume_step=progress.step if progress else None,
+                wandb_id=progress.wandb_id if progress else None,
+            )
+            say(_summary(policy, engine, config, ranks, dtype), highlight=False, style="dim")
+        return Run(
+            config=config,
+            directory=directory,
+            start_step=progress.step if progress else 0,
+            ranks=ranks,
+            tokenizer=tokenizer,
+            data=data,
+            actor=actor_engine,
+            critic=critic_engine,
+            num_experts=routers[0].module.weight.shape[0] if routers else 0,
+            pool=pool,
+            worker=RolloutWorker(
+                engine,
+                tokenizer,
+                samples_per_prompt=config.rollout.samples_per_prompt,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                seed=config.seed,
+            ),
+            sync=sync,
+            select=build_filter(config.algorithm.filter),
+            evaluator=Evaluator(
+                engine=engine,
+                pool=pool,
+                tokenizer=tokenizer,
+                heldout=data.heldout,
+                ranks=ranks,
+                task=config.data.task or Path(str(config.data.path)).stem,
+                samples=config.eval.samples,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+            ),
+            tracker=tracker,
+            printer=printer,
+            last_checkpoint=checkpoint,
+            step=progress.step if progress else 0,
+        )
+    except BaseException:
+        pool.close()
+        raise
+
+
+def build_filter(config: FilterConfig) -> Select:
+    """The filter that algorithm.filter names."""
+    if config.name == "none":
+        return keep_all
+    token, trajectory = config.token_bounds, config.trajectory_bounds
+    return partial(
+        bounds_filter,
+        token_bounds=(token[0], token[1]),
+        trajectory_bounds=(trajectory[0], trajectory[1]),
+    )
+
+
+def _warm_start(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    config: MispoConfig,
+    ranks: Ranks,
+    say: Callable[..., None],
+) -> None:
+    """The first rank trains, the others take its weights and its place in the prompt stream."""
+    steps = config.warm_start.steps
+    every = max(1, steps // WARM_START_LINES)
+
+    def on_step(step: int, loss: float) -> None:
+        if step % every == 0 or step == steps:
+            say(f"warm start {step:>4}/{steps}  loss {loss:.3f}", highlight=False)
+
+    if ranks.first:
+        warm_start(
+            policy,
+            tokenizer,
+            data.stream,
+            config.warm_start,
+            task=config.data.task,
+            seed=config.seed,
+            on_step=on_step,
+        )
+    if ranks.size > 1:
+        for tensor in policy.state_dict().values():
+            dist.broadcast(tensor, src=0)
+        cursor = torch.tensor(data.stream.cursor, device=ranks.device)
+        dist.broadcast(cursor, src=0)
+        data.stream.cursor = int(cursor)
+
+
+def _rollout_engine(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, ranks: Ranks
+) -> NativeEngine:
+    """An engine with a copy of the policy of its own, in the rollout precision."""
+    with torch.device(ranks.device):
+        copy = type(policy)(policy.config)
+    copy.load_state_dict(policy.state_dict())
+    copy.to(device=ranks.device, dtype=compute_dtype(config.rollout.dtype, ranks.device))
+    keep_router_fp32(copy)
+    ends = policy.generation_config.eos_token_id if policy.generation_config else None
+    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return NativeEngine(
+        copy, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots
+    )
+
+
+def _probe(data: Data, config: MispoConfig) -> list[Tensor]:
+    cursor = data.stream.cursor
+    prompts = data.heldout[:PROBES] or data.stream.take(min(PROBES, config.rollout.prompts_per_step))
+    data.stream.cursor = cursor
+    return [prompt.ids for prompt in prompts]
+
+
+def _summary(
+    policy: nn.Module, engine: NativeEngine, config: MispoConfig, ranks: Ranks, dtype: torch.dtype
+) -> str:
+    count = sum(parameter.numel() for parameter in engine.model.parameters())
+    experts = sorted(
+        {type(m).__name__ for name, m in engine.model.named_modules() if name.endswith(".experts")}
+    )
+    return (
+        f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {engine.routers} MoE layers"
+        f"{' (' + ', '.join(experts) + ')' if experts else ''}, {ranks.size} × {ranks.device.type}, "
+        f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
+    )
+
+
+def _silent(*_: object, **__: object) -> None:
+    """Only the first rank talks."""

@@ -1,0 +1,235 @@
+"""The command line. Imports torch only when a command needs it, so that a typo is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mispo import __version__
+from mispo.config.load import (
+    config_from_file,
+    expand_sweep,
+    is_sweep,
+    load_config,
+    recipe_of,
+    save_config,
+)
+from mispo.config.schema import MispoConfig
+
+if TYPE_CHECKING:
+    from mispo.run import Run
+
+EPILOG = """examples:
+  mispo train                                       the quickstart, on whatever machine this is
+  mispo train recipe=smoke seed=1 run_dir=runs/try
+  mispo train recipe=quickstart algorithm.filter.trajectory_bounds=[0.99,1.01]
+  mispo train -m seed=0,1,2                         a sweep, one process per run
+  mispo train --resume runs/try trainer.steps=20
+  mispo report runs/try"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `mispo` command; exits with 0, 1 (run failed), 2 (bad input) or 130 (Ctrl-C)."""
+    parser = _parser()
+    options, extra = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    # The `deepspeed` launcher adds this one to every command.
+    unknown = [argument for argument in extra if argument.startswith("-") and not argument.startswith("--local_rank")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; settings are given as key=value")
+    try:
+        sys.exit(options.command(options))
+    except ValueError as error:
+        _fail(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mispo", description="RL for Mixture-of-Experts reasoning models with MIS-PO.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"mispo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="train, continue, or print the plan",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe=NAME, groups and single keys")
+    train.add_argument("-m", "--multirun", action="store_true", help="run every combination of a=1,2 b=x,y")
+    train.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic and memory plan")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory")
+    train.add_argument("--config-dir", type=Path, metavar="DIR", help="your own recipes: DIR/recipe/NAME.yaml")
+    train.set_defaults(command=_train)
+    report = commands.add_parser("report", help="write report.html and curve.png of a run again")
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        return _sweep(options)
+    if is_sweep(options.overrides):
+        raise ValueError("several values for one key: add -m to run every combination")
+    if options.resume:
+        config = config_from_file(options.resume / "config.yaml", options.overrides)
+        directory = options.resume
+    else:
+        config = load_config(options.overrides, options.config_dir)
+        directory = run_directory(config, recipe_of(options.overrides))
+    if options.dry_run:
+        from mispo.plan import print_plan
+
+        print_plan(config, directory)
+        return 0
+    _prepare(directory, config, resume=options.resume is not None)
+    return _run(config, directory, resume=options.resume is not None)
+
+
+def run_directory(config: MispoConfig, recipe: str) -> Path:
+    """run_dir, or runs/<recipe>-<date-time>; under a launcher the first rank's choice is shared."""
+    if config.run_dir is not None:
+        return Path(config.run_dir).expanduser()
+    stamp = os.environ.get("MISPO_RUN_STAMP") or datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{recipe}-{stamp}"
+
+
+def _prepare(directory: Path, config: MispoConfig, *, resume: bool) -> None:
+    """Create the run directory and write config.yaml, on the first rank."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if not resume and (directory / "metrics.jsonl").exists():
+        raise ValueError(
+            f"run_dir: {directory} holds a run already; give another run_dir, or `mispo train --resume {directory}`"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, directory / "config.yaml")
+    except OSError as error:
+        raise ValueError(f"run_dir: cannot write to {directory} ({error.strerror}); give another run_dir") from error
+
+
+def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    run: Run | None = None
+    try:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from mispo.assemble import build_run
+        from mispo.loop import train
+
+        run = build_run(config, directory, resume=resume)
+        train(run)
+        run.close(0)
+        if run.ranks.first:
+            _finish(run)
+        return 0
+    except KeyboardInterrupt:
+        if run:
+            run.close(130)
+        _say(_interrupted(run, directory))
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if run:
+            run.close(1)
+        if isinstance(error, ValueError):
+            raise
+        (directory / "error.txt").write_text(traceback.format_exc())
+        _say(f"error: {error}\nThe full trace is in {directory / 'error.txt'}.")
+        return 1
+
+
+def _finish(run: Run) -> None:
+    from mispo.monitor.console import make_console, summary
+    from mispo.monitor.report import write_report
+    from mispo.monitor.rows import before_after, read_rows, references
+    from mispo.monitor.terminal_curve import curve
+
+    console = make_console()
+    rows = read_rows(run.directory / "metrics.jsonl")
+    console.print()
+    console.print(curve(rows), highlight=False, markup=False)
+    console.print()
+    before, after = before_after(rows)
+    if before and after:
+        console.print(summary(before, after, references(rows)))
+        console.print()
+    report = write_report(run.directory)
+    for name, path in (
+        ("report", report),
+        ("checkpoint", run.last_checkpoint / "actor" if run.last_checkpoint else "none"),
+        ("metrics", run.directory / "metrics.jsonl"),
+    ):
+        console.print(f"{name:<11}{path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _interrupted(run: Run | None, directory: Path) -> str:
+    if run is None:
+        return "interrupted before the first step; nothing to resume"
+    if run.last_checkpoint is None:
+        return f"interrupted after step {run.step}; no checkpoint yet, so start anew"
+    return (
+        f"interrupted after step {run.step}; the last checkpoint is {run.last_checkpoint.name}\n"
+        f"continue with: mispo train --resume {directory}"
+    )
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Every combination in a process and run directory of its own, one after the other."""
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("-m: not under a launcher (torchrun, accelerate, deepspeed); start its runs one by one")
+    if options.resume or options.dry_run:
+        raise ValueError("-m: goes with neither --resume nor --dry-run")
+    jobs = expand_sweep(options.overrides)
+    for job in jobs:
+        load_config(job, options.config_dir)  # all of them are sound before the first one starts
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    given = [item.partition("=")[2] for item in jobs[0] if item.startswith("run_dir=")]
+    parent = Path(given[0] if given else f"runs/{recipe_of(jobs[0])}-{stamp}")
+    failed = []
+    for number, job in enumerate(jobs):
+        directory = parent / str(number)
+        plain = [item for item in job if not item.startswith("run_dir=")]
+        _say(f"[{number + 1}/{len(jobs)}] {' '.join(plain)} → {directory}")
+        command = [sys.executable, "-P", "-m", "mispo.cli", "train", *plain, f"run_dir={directory}"]
+        if options.config_dir:
+            command += ["--config-dir", str(options.config_dir)]
+        status = subprocess.run(command, check=False).returncode
+        if status == 130:
+            return 130
+        if status:
+            failed.append(str(directory))
+    if failed:
+        _say(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mispo.monitor.report import write_report
+
+    _say(str(write_report(options.run)))
+    return 0
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _fail(error: ValueError) -> NoReturn:
+    for line in str(error).splitlines():
+        _say(f"error: {line}")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What a config must not say. Every message names the key and the fix; all problems are told at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from mispo.config.schema import MispoConfig
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.attention": ("sdpa", "eager"),
+    "rollout.dtype": ("auto", "fp32", "bf16"),
+    "trainer.dtype": ("auto", "fp32", "bf16"),
+    "algorithm.filter.name": ("bounds", "none"),
+    "algorithm.whiten": ("batch", "none"),
+    "algorithm.truncation": ("bootstrap", "zero", "mask"),
+    "algorithm.loss_norm": ("tokens", "accepted"),
+    "tracking.wandb": ("auto", "online", "offline", "disabled"),
+}
+
+AT_LEAST: dict[str, float] = {
+    "data.max_prompt_tokens": 1,
+    "data.eval_size": 0,
+    "warm_start.steps": 0,
+    "warm_start.batch_size": 1,
+    "warm_start.warmup_steps": 0,
+    "reward.workers": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.samples_per_prompt": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.slots": 1,
+    "rollout.staleness": 0,
+    "critic.warmup_steps": 0,
+    "critic.head_init_std": 0,
+    "trainer.steps": 0,
+    "trainer.actor_minibatches": 1,
+    "trainer.critic_minibatches": 1,
+    "trainer.tokens_per_microbatch": 1,
+    "trainer.actor_lr": 0,
+    "trainer.critic_lr": 0,
+    "trainer.actor_warmup_updates": 0,
+    "trainer.critic_warmup_updates": 0,
+    "trainer.weight_decay": 0,
+    "trainer.max_skipped_updates": 1,
+    "eval.every": 0,
+    "eval.samples": 0,
+    "eval.traces": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep_last": 1,
+    "tracking.rollouts_every": 0,
+}
+
+POSITIVE = (
+    "warm_start.lr",
+    "reward.timeout_s",
+    "rollout.temperature",
+    "rollout.parity_tolerance",
+    "trainer.max_grad_norm",
+)
+
+SHARES = ("warm_start.terse_fraction", "reward.format_weight", "algorithm.lam")
+
+
+def check_config(config: MispoConfig) -> None:
+    """ValueError with one line per problem."""
+    problems = list(_problems(config))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def value_of(config: MispoConfig, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _number(config: MispoConfig, key: str) -> float:
+    value = value_of(config, key)
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+def _problems(config: MispoConfig) -> Iterator[str]:
+    for key, choices in CHOICES.items():
+        value = str(value_of(config, key))
+        if value not in choices:
+            near = get_close_matches(value, choices, 1)
+            yield f"{key}: {value!r} is none of {', '.join(choices)}{f'; did you mean {near[0]}?' if near else ''}"
+    for key, least in AT_LEAST.items():
+        if not _number(config, key) >= least:
+            yield f"{key}: {value_of(config, key)} is less than {least:g}"
+    for key in POSITIVE:
+        if not _number(config, key) > 0:
+            yield f"{key}: {value_of(config, key)} is not positive"
+    for key in SHARES:
+        if not 0 <= _number(config, key) <= 1:
+            yield f"{key}: {value_of(config, key)} is not between 0 and 1"
+    if not 0 < config.algorithm.gamma <= 1:
+        yield f"algorithm.gamma: {config.algorithm.gamma} is not in (0, 1]"
+    if config.trainer.zero_stage not in (0, 1, 2, 3):
+        yield f"trainer.zero_stage: {config.trainer.zero_stage} is none of 0, 1, 2, 3"
+    for name in ("token_bounds", "trajectory_bounds"):
+        yield from _bounds(f"algorithm.filter.{name}", getattr(config.algorithm.filter, name))
+    yield from _sources(config)
+    yield from _contradictions(config)
+
+
+def _bounds(key: str, bounds: Sequence[float]) -> Iterator[str]:
+    if len(bounds) != 2:
+        yield f"{key}: give two numbers [low, high], not {list(bounds)}"
+    elif not (0 < bounds[0] <= bounds[1] < math.inf):
+        yield f"{key}: {list(bounds)} is no range; 0 < low ≤ high is needed"
+    elif not bounds[0] <= 1 <= bounds[1]:
+        yield f"{key}: {list(bounds)} leaves out 1, so it rejects samples on which both policies agree"
+
+
+def _sources(config: MispoConfig) -> Iterator[str]:
+    for section, first, second in (("model", "preset", "path"), ("data", "task", "path")):
+        values = [getattr(getattr(config, section), name) for name in (first, second)]
+        if (values[0] is None) == (values[1] is None):
+            state = "neither is" if values[0] is None else f"both are ({values[0]!r} and {values[1]!r})"
+            yield f"{section}: set exactly one of {section}.{first} and {section}.{second}; {state}"
+
+
+def _contradictions(config: MispoConfig) -> Iterator[str]:
+    trajectories = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    for name in ("actor_minibatches", "critic_minibatches"):
+        parts = getattr(config.trainer, name)
+        if parts > trajectories > 0:
+            yield (
+                f"trainer.{name}: {parts} parts, but a step has only {trajectories} trajectories "
+                "(rollout.prompts_per_step × rollout.samples_per_prompt); lower it"
+            )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if config.trainer.tokens_per_microbatch < longest:
+        yield (
+            f"trainer.tokens_per_microbatch: {config.trainer.tokens_per_microbatch} is less than the longest "
+            f"trajectory, {longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens); raise it"
+        )
+    if config.data.task is None and config.reward.name == "gym":
+        yield "reward.name: gym scores reasoning-gym tasks, but data.task is not set; use reward=exact"
+    if config.warm_start.steps and config.model.preset is None:
+        yield "warm_start.steps: a checkpoint (model.path) needs no warm start; set it to 0"
+    if config.warm_start.steps and config.data.task is None:
+        yield "warm_start.steps: traces exist for generated tasks only; set it to 0, or data.task"
+    if config.data.task is not None and config.data.split != "train":
+        yield "data.split: a generated task has no splits; leave it out"
+    if config.data.path is not None and config.data.task_args:
+        yield "data.task_args: they belong to data.task, which is not set; leave them out"
+    if config.critic.warmup_steps >= config.trainer.steps > 0:
+        yield (
+            f"critic.warmup_steps: {config.critic.warmup_steps} of trainer.steps = {config.trainer.steps}: "
+            "the actor would never move; lower it"
+        )

@@ -1,0 +1,170 @@
+"""A run: its parts, and what happens around a step: reporting, evaluating, saving."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mispo.algorithm.filter import Selection
+from mispo.algorithm.segments import segment_mean
+from mispo.config.schema import MispoConfig
+from mispo.data import Data
+from mispo.evaluate import Evaluator, sample_rows
+from mispo.monitor.console import StepPrinter, eval_line
+from mispo.monitor.files import replacing
+from mispo.monitor.records import save_rollouts, save_samples
+from mispo.monitor.tracking import Tracker
+from mispo.trainer.batch import Batch
+from mispo.trainer.engine import TrainEngine
+from mispo.trainer.ranks import Ranks
+from mispo.trainer.weights import WeightSync
+from rewards.workers import RewardPool
+from rollouts.trajectory import Trajectory
+from rollouts.worker import RolloutWorker, request_seed
+
+Select = Callable[[Tensor, Tensor, Tensor], Selection]
+"""(old log-probs [N], rollout log-probs [N], offsets [B+1]) → what the filter keeps."""
+
+
+@dataclass
+class Run:
+    """All parts of a run on this rank. `tracker` and `printer` exist on the first rank only."""
+
+    config: MispoConfig
+    directory: Path
+    start_step: int
+    ranks: Ranks
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    actor: TrainEngine
+    critic: TrainEngine
+    num_experts: int
+    pool: RewardPool
+    worker: RolloutWorker
+    sync: WeightSync
+    select: Select
+    evaluator: Evaluator
+    tracker: Tracker | None
+    printer: StepPrinter | None
+    last_checkpoint: Path | None = None
+    step: int = 0
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.tracker.wandb_id if self.tracker else None
+
+    def step_seed(self, name: str, step: int) -> int:
+        """Seed of one random choice of one step."""
+        return request_seed(self.config.seed, step, 0 if name == "actor" else 1)
+
+    def permute(self, trajectories: list[Trajectory], step: int) -> list[Trajectory]:
+        """The control experiment of `reward.permute`; else the trajectories as they are."""
+        if not self.config.reward.permute:
+            return trajectories
+        rewards = [t.reward for t in trajectories]
+        random.Random(self.config.seed * 1_000_003 + step).shuffle(rewards)
+        return [replace(t, reward=reward) for t, reward in zip(trajectories, rewards, strict=True)]
+
+    def evaluation_due(self, step: int) -> bool:
+        every, last = self.config.eval.every, self.config.trainer.steps
+        return step == last or (every > 0 and step % every == 0)
+
+    def checkpoint_due(self, step: int) -> bool:
+        every, last = self.config.checkpoint.every, self.config.trainer.steps
+        return step == last or (every > 0 and step % every == 0)
+
+    def report_baseline(self) -> None:
+        """Row 0: the state before RL, with reference values, traces and notes."""
+        metrics, traces = self.evaluator.run()
+        references = self.evaluator.references(self.config.data.task)
+        row = {**metrics, **references}
+        if "eval/response_length" in row:
+            row["response_length/mean"] = row["eval/response_length"]
+        if self.ranks.first:
+            save_samples(self.directory / "samples_before.jsonl", sample_rows(traces, self.config.eval.traces))
+            with replacing(self.directory / "notes.json") as temporary:
+                temporary.write_text(json.dumps(self._notes(references)))
+        self._log(0, row)
+        if metrics and self.printer:
+            self.printer.console.print(eval_line(0, self.config.trainer.steps, metrics))
+
+    def report_step(self, step: int, metrics: dict[str, float]) -> None:
+        """The step's line and row, with an evaluation where one is due."""
+        self.step = step
+        if self.printer:
+            self.printer.step(step, metrics)
+        if self.evaluation_due(step):
+            start = time.perf_counter()
+            measured, traces = self.evaluator.run()
+            metrics |= measured | {"timing_s/eval": time.perf_counter() - start}
+            if self.ranks.first:
+                save_samples(self.directory / "samples_after.jsonl", sample_rows(traces, self.config.eval.traces))
+            if measured and self.printer:
+                self.printer.eval(step, measured)
+        self._log(step, metrics)
+
+    def save_rollouts(
+        self,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        batch: Batch,
+        advantages_N: Tensor,
+        selection: Selection,
+    ) -> None:
+        """rollouts/step_N.parquet, with a suffix per rank where there are several."""
+        every = self.config.tracking.rollouts_every
+        if not every or step % every:
+            return
+        suffix = "" if self.ranks.size == 1 else f".rank{self.ranks.rank}"
+        save_rollouts(
+            self.directory / "rollouts" / f"step_{step}{suffix}.parquet",
+            trajectories,
+            {
+                "advantage_mean": segment_mean(advantages_N, batch.offsets_B1).tolist(),
+                "log_rho": selection.log_rho_B.tolist(),
+                "multiplicity": selection.multiplicity_B.tolist(),
+            },
+        )
+
+    def throughput(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """Generated tokens of all ranks per second of the whole step, and the memory high-water mark."""
+        tokens = self.ranks.count(int(batch.offsets_B1[-1]))
+        if self.ranks.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"perf/tokens_per_s": tokens / seconds, "perf/max_memory_gb": memory}
+
+    def close(self, exit_code: int) -> None:
+        """End the children and the tracker."""
+        self.pool.close()
+        if self.tracker:
+            self.tracker.close(exit_code)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.tracker:
+            self.tracker.log(step, metrics)
+
+    def _notes(self, references: dict[str, float]) -> list[str]:
+        notes = []
+        if "reference/constant_guess" in references:
+            guess = references["reference/constant_guess"]
+            notes.append(f"Always giving the most frequent answer would be right in {guess:.0%} of the cases.")
+        if "reference/forced_careful" in references:
+            forced = references["reference/forced_careful"]
+            notes.append(
+                f"Before RL, forcing the first character of a careful trace already gives {forced:.0%}: what RL "
+                "teaches here is mostly to think before answering, not how to think."
+            )
+        if self.config.reward.permute:
+            notes.append("Control experiment: the rewards were shuffled within each step.")
+        return notes

@@ -1,0 +1,124 @@
+"""The row of one training step, over all ranks; names as users of other trainers know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mispo.algorithm.filter import Selection
+from mispo.algorithm.metrics import (
+    MismatchSums,
+    acceptance_metrics,
+    mismatch_metrics,
+    mismatch_sums,
+)
+from mispo.algorithm.segments import segment_sum
+from mispo.monitor.routing import rollout_confidence, routing_metrics
+from mispo.trainer.batch import Batch
+from mispo.trainer.engine import Update
+from mispo.trainer.ranks import Ranks
+from mispo.trainer.scoring import PolicyScores, Values
+from rollouts.trajectory import Trajectory
+
+
+def step_metrics(
+    ranks: Ranks,
+    batch: Batch,
+    trajectories: Sequence[Trajectory],
+    policy: PolicyScores,
+    values: Values,
+    targets_N: Tensor,
+    selection: Selection,
+    actor_updates: Sequence[Update | None],
+    critic_updates: Sequence[Update],
+    *,
+    trajectory_bounds: tuple[float, float],
+    num_experts: int,
+) -> dict[str, float]:
+    """Everything except times. Collective: every rank calls it with its share, all get the same row.
+
+    trajectory_bounds: tell low from high rejections. num_experts: of a MoE layer, 0 for a dense model.
+    """
+
+    def everyone(x_B: Tensor) -> Tensor:
+        return ranks.gather(x_B, batch.position_B, batch.total)
+
+    sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
+    sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
+    everything = Selection(
+        selection.keep_N, everyone(selection.multiplicity_B), everyone(selection.log_rho_B)
+    )
+    lengths_B = everyone(torch.tensor([float(len(t)) for t in trajectories]))
+    rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
+    failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in trajectories]))
+    entropy_B = everyone(segment_sum(policy.entropy_N, batch.offsets_B1))
+    bootstrap_B = everyone(values.bootstrap_B)
+    tokens = sums.lengths_B.sum().clamp_min(1)
+    metrics = {
+        "reward/mean": rewards_B.mean().item(),
+        "reward/failed": failed_B.mean().item(),
+        "response_length/mean": lengths_B.mean().item(),
+        "response_length/max": lengths_B.max().item(),
+        "response_length/clip_ratio": truncated_B.float().mean().item(),
+        "trunc/rate": truncated_B.float().mean().item(),
+        "actor/entropy": (entropy_B.sum() / tokens).item(),
+        **mismatch_metrics(sums),
+        **acceptance_metrics(everything, lengths_B, rewards_B, trajectory_bounds),
+        **_routing(ranks, trajectories, policy, num_experts),
+        **_critic(ranks, values, targets_N),
+    }
+    if truncated_B.any():
+        metrics["trunc/bootstrap_mean"] = bootstrap_B[truncated_B].mean().item()
+    for name, updates in (("actor", actor_updates), ("critic", critic_updates)):
+        metrics |= _updates(name, updates)
+    metrics["mis/empty_minibatches"] = float(sum(update is None for update in actor_updates))
+    return metrics
+
+
+def _critic(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]:
+    """Explained variance before this step's updates, from sums over ranks."""
+    targets, errors = targets_N.double(), targets_N.double() - values.values_N.double()
+    n, t, tt, e, ee, v = ranks.sum(
+        torch.stack(
+            [
+                torch.tensor(float(len(targets)), dtype=torch.float64),
+                targets.sum(),
+                targets.square().sum(),
+                errors.sum(),
+                errors.square().sum(),
+                values.values_N.double().sum(),
+            ]
+        )
+    ).tolist()
+    spread = tt / n - (t / n) ** 2
+    explained = 1 - (ee / n - (e / n) ** 2) / spread if spread > 1e-12 else float("nan")
+    return {"critic/vf_explained_var": explained, "critic/value_mean": v / n}
+
+
+def _routing(
+    ranks: Ranks, trajectories: Sequence[Trajectory], policy: PolicyScores, num_experts: int
+) -> dict[str, float]:
+    if policy.confidence_LN is None or policy.experts_LNk is None:
+        return {}
+    seen_B = torch.stack([t.routing_confidence for t in trajectories if t.routing_confidence is not None])
+    mine_B = torch.tensor([float(len(t)) for t in trajectories])
+    return {
+        **routing_metrics(policy.confidence_LN, policy.experts_LNk, num_experts, ranks.sum),
+        **rollout_confidence(seen_B, mine_B, ranks.sum),
+    }
+
+
+def _updates(name: str, updates: Sequence[Update | None]) -> dict[str, float]:
+    """Means over the step's updates that were applied."""
+    applied = [update for update in updates if update is not None and update.applied]
+    metrics = {
+        f"{name}/updates": float(len(applied)),
+        f"{name}/skipped": float(sum(update is not None and not update.applied for update in updates)),
+    }
+    if applied:
+        metrics[f"{name}/loss"] = sum(update.loss for update in applied) / len(applied)
+        metrics[f"{name}/grad_norm"] = sum(update.grad_norm for update in applied) / len(applied)
+        metrics[f"{name}/lr"] = applied[-1].lr
+    return metrics

@@ -1,0 +1,190 @@
+"""Checkpoints: the actor is a plain Hugging Face directory, everything else lies beside it.
+
+checkpoints/step_N/
+    actor/                        config, weights (fp32), modeling code, tokenizer
+    critic.safetensors            the critic's weights
+    {actor,critic}_optimizer.safetensors   Adam's moments per parameter, `NAME.exp_avg`, `NAME.exp_avg_sq`
+    history.safetensors           old weights, under rollout.staleness
+    rng.pt                        random states of the first rank
+    state.json                    counters, data cursor, W&B id
+All states are full tensors by parameter name, so another number of ranks or ZeRO stage can read them. Written to
+step_N.tmp and renamed: a directory without .tmp is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mispo.trainer.engine import TrainEngine
+from mispo.trainer.weights import WeightSync, full_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; saved as state.json."""
+
+    step: int
+    cursor: int
+    actor_updates: int
+    critic_updates: int
+    wandb_id: str | None
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    progress: Progress,
+    actor: TrainEngine,
+    critic: TrainEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    sync: WeightSync,
+    keep_last: int,
+) -> Path:
+    """Write checkpoints/step_N under `directory`; every rank calls, the first one writes. Returns its path."""
+    final = directory / f"step_{progress.step}"
+    temporary = final.with_name(final.name + ".tmp")
+    policy = full_weights(actor, actor.module.policy)
+    values = full_weights(critic, critic.module.critic)
+    moments = {engine.name: _moments(engine) for engine in (actor, critic)}
+    if actor.ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
+        tokenizer.save_pretrained(temporary / "actor")
+        _save(values, temporary / "critic.safetensors")
+        for name, states in moments.items():
+            _save(states, temporary / f"{name}_optimizer.safetensors")
+        snapshots, expected = sync.state()
+        tensors = {f"{version}/{name}": t for version, w in snapshots.items() for name, t in w.items()}
+        tensors |= {f"{version}/probe/{i}": t for version, e in expected.items() for i, t in enumerate(e)}
+        _save(tensors, temporary / "history.safetensors")
+        torch.save(_random_states(), temporary / "rng.pt")
+        (temporary / "state.json").write_text(json.dumps(vars(progress), indent=2))
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        for old in list_checkpoints(directory)[:-keep_last]:
+            shutil.rmtree(old)
+    actor.ranks.barrier()
+    return final
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in directory.glob("step_*") if p.suffix != ".tmp" and (p / "state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def latest_checkpoint(directory: Path) -> Path:
+    """ValueError if there is none."""
+    checkpoints = list_checkpoints(directory)
+    if not checkpoints:
+        raise ValueError(f"--resume: {directory} holds no whole checkpoint; start the run anew without --resume")
+    return checkpoints[-1]
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    """The counters of a checkpoint."""
+    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def load_states(
+    checkpoint: Path, progress: Progress, *, actor: TrainEngine, critic: TrainEngine, sync: WeightSync
+) -> None:
+    """Optimizers, counters, old weights and random states; the weights themselves were read when the models
+    were built."""
+    for engine, updates in ((actor, progress.actor_updates), (critic, progress.critic_updates)):
+        states = load_file(checkpoint / f"{engine.name}_optimizer.safetensors")
+        engine.updates = updates
+        if updates:
+            _load_moments(engine, states)
+    snapshots: dict[int, dict[str, Tensor]] = {}
+    expected: dict[int, list[tuple[int, Tensor]]] = {}
+    for key, tensor in load_file(checkpoint / "history.safetensors").items():
+        version, _, name = key.partition("/")
+        if name.startswith("probe/"):
+            expected.setdefault(int(version), []).append((int(name.removeprefix("probe/")), tensor))
+        else:
+            snapshots.setdefault(int(version), {})[name] = tensor
+    sync.restore(
+        {version: snapshots[version] for version in sorted(snapshots)},
+        {version: [t for _, t in sorted(pairs, key=lambda p: p[0])] for version, pairs in expected.items()},
+    )
+    states = torch.load(checkpoint / "rng.pt", weights_only=True)
+    torch.set_rng_state(states["torch"])
+    random.setstate(_tuple(states["python"]))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _moments(engine: TrainEngine) -> dict[str, Tensor]:
+    """Adam's moments by parameter name; {} before the first update. Collective under ZeRO."""
+    if not engine.updates:
+        return {}
+    plain = engine.engine.zero_optimization_stage() == 0
+    states: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            if plain:
+                states[f"{name}.{moment}"] = engine.engine.optimizer.state[parameter][moment]
+            else:
+                states[f"{name}.{moment}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+    return states
+
+
+def _load_moments(engine: TrainEngine, states: dict[str, Tensor]) -> None:
+    if engine.engine.zero_optimization_stage() == 0:
+        for name, parameter in engine.module.named_parameters():
+            engine.engine.optimizer.state[parameter] = {
+                "step": torch.tensor(float(engine.updates)),
+                **{moment: states[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS},
+            }
+        return
+    engine.create_states(_zero_loss(engine))
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            safe_set_full_optimizer_state(parameter, states[f"{name}.{moment}"].to(engine.ranks.device), moment)
+    for state in engine.engine.optimizer.optimizer.state.values():
+        state["step"] = torch.tensor(float(engine.updates))
+
+
+def _zero_loss(engine: TrainEngine) -> Tensor:
+    """0, with a gradient of 0 for every parameter."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=engine.ranks.device)
+    none = torch.empty(0, dtype=torch.int64, device=engine.ranks.device)
+    output = engine.forward(ids, none, none, none, 1.0) if engine.name == "actor" else engine.forward(ids, none, none)
+    return (output[0] if isinstance(output, tuple) else output).sum() * 0
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.copy()), *rest),
+    }
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,116 @@
+"""The policy's weights by name, whatever the ZeRO stage; and their way into the rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deepspeed.runtime.zero import GatheredParameters
+from torch import Tensor, nn
+
+from mispo.trainer.batch import Batch
+from mispo.trainer.engine import TrainEngine
+from mispo.trainer.scoring import score_policy
+from rollouts.engine import Engine
+from rollouts.staleness import WeightHistory
+
+
+def full_weights(engine: TrainEngine, module: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a module of this engine; every rank must call it. Under ZeRO-3 gathered one by one."""
+    if engine.engine.zero_optimization_stage() < 3:
+        return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    weights = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        with GatheredParameters([parameter]):
+            weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+class WeightSync:
+    """Brings the policy into the rollout engine and proves that it arrived.
+
+    A sync that silently does nothing is the field's worst bug: after each one the engine's log-probs of a few
+    fixed prompts are compared with the trainer's under the same weights.
+    staleness: actor updates that the engine is kept behind. tolerance: nats, see rollout.parity_tolerance.
+    probe: some token sequences [S], S ≥ 2, the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        actor: TrainEngine,
+        engine: Engine,
+        history: WeightHistory,
+        *,
+        probe: Sequence[Tensor],
+        tolerance: float,
+        temperature: float,
+    ) -> None:
+        self.actor = actor
+        self.engine = engine
+        self.history = history
+        self.tolerance = tolerance
+        self.temperature = temperature
+        self._pairs = [(ids[:1], ids[1:]) for ids in probe]
+        self._expected: dict[int, list[Tensor]] = {}
+
+    def record(self) -> None:
+        """Remember the current weights, if the engine is going to see them later."""
+        if self.history.staleness:
+            self.history.push(self.actor.updates, self._weights())
+            self._expect()
+
+    def publish(self) -> dict[str, float]:
+        """Load the weights that are due. RuntimeError if the engine then disagrees with the trainer."""
+        if self.history.staleness:
+            version, weights = self.history.stale()
+        else:
+            version, weights = self.actor.updates, self._weights()
+            self._expect()
+        self.engine.load_weights(weights, version)
+        expected = self._expected[version]
+        self._expected = {held: kept for held, kept in self._expected.items() if held >= version}
+        scores = self.engine.score(self._pairs, self.temperature)
+        gap = max((a - b).abs().max().item() for a, b in zip(scores, expected, strict=True))
+        if not gap <= self.tolerance:
+            raise RuntimeError(
+                f"weight sync: engine and trainer differ by {gap:.3g} nats on the same weights (version {version}, "
+                f"rollout.parity_tolerance {self.tolerance:g}); the engine did not take the new weights, or its "
+                "precision is far off"
+            )
+        return {"sync/max_abs": gap, "rollout/staleness": float(self.actor.updates - version)}
+
+    def restore(self, snapshots: dict[int, dict[str, Tensor]], expected: dict[int, list[Tensor]]) -> None:
+        """Continue with the snapshots of a checkpoint."""
+        for version, weights in snapshots.items():
+            self.history.push(version, weights)
+        self._expected = expected
+
+    def state(self) -> tuple[dict[int, dict[str, Tensor]], dict[int, list[Tensor]]]:
+        """What `restore` takes."""
+        return self.history.snapshots, {v: self._expected[v] for v in self.history.versions}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return full_weights(self.actor, self.actor.module.policy)
+
+    def _expect(self) -> None:
+        self._expected[self.actor.updates] = score_texts(self.actor, self._pairs, self.temperature)
+
+
+def score_texts(
+    actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float
+) -> list[Tensor]:
+    """The trainer's log-probs [T] of each completion [T] after its prompt [P]; the same on all ranks."""
+    lengths = [len(completion) for _, completion in pairs]
+    batch = Batch(
+        ids=[torch.cat(pair) for pair in pairs],
+        columns=[torch.arange(len(prompt) - 1, len(prompt) + len(c) - 1) for prompt, c in pairs],
+        offsets_B1=torch.tensor([0, *lengths]).cumsum(0),
+        rollout_logprobs_N=torch.zeros(sum(lengths)),
+        rewards_B=torch.zeros(len(pairs)),
+        truncated_B=torch.zeros(len(pairs), dtype=torch.bool),
+        included_B=torch.ones(len(pairs), dtype=torch.bool),
+        position_B=torch.arange(len(pairs)),
+        total=len(pairs),
+    )
+    budget = max(len(ids) for ids in batch.ids) * len(pairs)
+    return list(score_policy(actor, batch, budget, temperature).logprobs_N.split(lengths))
