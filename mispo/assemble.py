@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from mispo.algorithm.filter import bounds_filter, keep_all
 from mispo.config.schema import FilterConfig, MispoConfig
@@ -43,6 +44,7 @@ WARM_START_LINES = 10
 
 def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
     """Everything between the config and the first step. ValueError for what the user can mend."""
+    disable_progress_bar()  # of saving and loading weights: it would tear the step lines
     checkpoint = latest_checkpoint(directory / "checkpoints") if resume else None
     progress = load_progress(checkpoint) if checkpoint else None
     pool = RewardPool(
@@ -52,6 +54,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
     )
     try:
         accelerator, ranks = start_ranks(config.trainer)
+        directory = ranks.agree(directory)
         printer = StepPrinter(config.trainer.steps, make_console()) if ranks.first else None
         say = printer.console.print if printer else _silent
         policy, tokenizer = build_policy(
@@ -195,9 +198,7 @@ def _rollout_engine(
     keep_router_fp32(copy)
     ends = policy.generation_config.eos_token_id if policy.generation_config else None
     ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return NativeEngine(
-        copy, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots
-    )
+    return NativeEngine(copy, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots)
 
 
 def _probe(data: Data, config: MispoConfig) -> list[Tensor]:
@@ -207,13 +208,9 @@ def _probe(data: Data, config: MispoConfig) -> list[Tensor]:
     return [prompt.ids for prompt in prompts]
 
 
-def _summary(
-    policy: nn.Module, engine: NativeEngine, config: MispoConfig, ranks: Ranks, dtype: torch.dtype
-) -> str:
+def _summary(policy: nn.Module, engine: NativeEngine, config: MispoConfig, ranks: Ranks, dtype: torch.dtype) -> str:
     count = sum(parameter.numel() for parameter in engine.model.parameters())
-    experts = sorted(
-        {type(m).__name__ for name, m in engine.model.named_modules() if name.endswith(".experts")}
-    )
+    experts = sorted({type(m).__name__ for name, m in engine.model.named_modules() if name.endswith(".experts")})
     return (
         f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {engine.routers} MoE layers"
         f"{' (' + ', '.join(experts) + ')' if experts else ''}, {ranks.size} × {ranks.device.type}, "

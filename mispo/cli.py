@@ -94,11 +94,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def run_directory(config: MispoConfig, recipe: str) -> Path:
-    """run_dir, or runs/<recipe>-<date-time>; under a launcher the first rank's choice is shared."""
+    """run_dir, or runs/<recipe>-<date-time> (of several ranks the first one's choice counts)."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser()
-    stamp = os.environ.get("MISPO_RUN_STAMP") or datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{recipe}-{stamp}"
+    return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _prepare(directory: Path, config: MispoConfig, *, resume: bool) -> None:

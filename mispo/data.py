@@ -85,9 +85,7 @@ def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     return Data(stream, heldout)
 
 
-def make_prompt(
-    index: int, row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> Prompt:
+def make_prompt(index: int, row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """ValueError for a row without its columns or a prompt over the budget."""
     answer = row.get(config.answer)
     if answer is None or str(answer) == "":
@@ -162,9 +160,7 @@ class FileSource:
             lacking = [name for name in [*fields, config.answer] if row.get(name.split("[")[0]) in (None, "")]
             if lacking:
                 field = "data.answer" if config.answer in lacking else "data.prompt"
-                raise ValueError(
-                    f"{field}: row {number} of {config.path!r} has no {lacking[0]!r}; {_columns(row)}"
-                )
+                raise ValueError(f"{field}: row {number} of {config.path!r} has no {lacking[0]!r}; {_columns(row)}")
         texts = [config.prompt.format(**row) for row in rows]
         questions = sorted(set(texts), key=question_hash)
         if config.eval_size > len(questions) // 2:

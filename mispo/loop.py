@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, terminal_values, whiten
@@ -87,7 +86,7 @@ def train_step(run: Run, step: int) -> None:
         num_experts=run.num_experts,
     )
     metrics |= synced | timer.seconds | run.throughput(batch, timer.seconds["timing_s/step"])
-    run.save_rollouts(step, trajectories, batch, advantages_N, selection)
+    run.save_rollouts(step, trajectories, batch, advantages_N, targets_N, values.bootstrap_B, selection)
     run.report_step(step, metrics)
     if run.checkpoint_due(step):
         checkpoint(run, step)

@@ -118,9 +118,14 @@ class Run:
         trajectories: Sequence[Trajectory],
         batch: Batch,
         advantages_N: Tensor,
+        targets_N: Tensor,
+        bootstrap_B: Tensor,
         selection: Selection,
     ) -> None:
-        """rollouts/step_N.parquet, with a suffix per rank where there are several."""
+        """rollouts/step_N.parquet, with a suffix per rank where there are several.
+
+        Per trajectory also: mean advantage, mean critic target, V(s_T), log ρ̄ and the filter's multiplicity.
+        """
         every = self.config.tracking.rollouts_every
         if not every or step % every:
             return
@@ -130,6 +135,8 @@ class Run:
             trajectories,
             {
                 "advantage_mean": segment_mean(advantages_N, batch.offsets_B1).tolist(),
+                "target_mean": segment_mean(targets_N, batch.offsets_B1).tolist(),
+                "bootstrap": bootstrap_B.tolist(),
                 "log_rho": selection.log_rho_B.tolist(),
                 "multiplicity": selection.multiplicity_B.tolist(),
             },

@@ -47,9 +47,7 @@ def step_metrics(
 
     sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
     sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
-    everything = Selection(
-        selection.keep_N, everyone(selection.multiplicity_B), everyone(selection.log_rho_B)
-    )
+    everything = Selection(selection.keep_N, everyone(selection.multiplicity_B), everyone(selection.log_rho_B))
     lengths_B = everyone(torch.tensor([float(len(t)) for t in trajectories]))
     rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
     failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in trajectories]))

@@ -61,9 +61,7 @@ def schedule(step: int, config: WarmStartConfig) -> float:
     return warm * min(1.0, 2 * (config.steps - step) / config.steps)
 
 
-def backward_traces(
-    model: PreTrainedModel, parts: Sequence[list[tuple[Tensor, Tensor]]], pad_token_id: int
-) -> float:
+def backward_traces(model: PreTrainedModel, parts: Sequence[list[tuple[Tensor, Tensor]]], pad_token_id: int) -> float:
     """Gradient of the mean negative log-likelihood over all trace tokens of the batch; returns that mean.
 
     parts: lists of (prompt [P], trace [T]) ids, padded each for itself; all are divided by the token count of
@@ -80,9 +78,7 @@ def backward_traces(
         for row, (prompt, trace) in enumerate(part):
             targets[row, len(prompt) : len(prompt) + len(trace)] = trace
         logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].flatten(0, 1).float()
-        loss = F.cross_entropy(
-            logits, targets[:, 1:].to(device).flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        loss = F.cross_entropy(logits, targets[:, 1:].to(device).flatten(), ignore_index=IGNORE, reduction="sum")
         (loss / tokens).backward()
         total += loss.item() / tokens
     return total

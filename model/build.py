@@ -46,9 +46,7 @@ def build_policy(
     return model.train(), tokenizer
 
 
-def _load(
-    path: str, attention: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(path: str, attention: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ValueError(f"model.path: no directory {path!r}; give a Hugging Face model directory or a hub id")

@@ -23,9 +23,7 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(embedding.shape[1], 1, device=embedding.device, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.value_head.weight.copy_(
-                torch.randn(self.value_head.weight.shape, generator=generator) * head_init_std
-            )
+            self.value_head.weight.copy_(torch.randn(self.value_head.weight.shape, generator=generator) * head_init_std)
             self.value_head.bias.zero_()
 
     @classmethod

@@ -5,6 +5,8 @@ A checkpoint carries this file and experts.py, so any process opens it with
 is needed.
 """
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
@@ -21,7 +23,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
 
     config_class = Step3p7TextConfig
     config: Step3p7TextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Step3p7TextConfig) -> None:
         super().__init__(config)

@@ -108,9 +108,7 @@ class NativeEngine:
         own = self.model.state_dict()
         given = {own[name].data_ptr() for name in weights if name in own}
         problems = [
-            f"missing {name}"
-            for name, tensor in own.items()
-            if name not in weights and tensor.data_ptr() not in given
+            f"missing {name}" for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given
         ]
         problems += [f"unknown {name}" for name in weights if name not in own]
         problems += [
@@ -132,9 +130,7 @@ class NativeEngine:
 class _Run:
     """One call of `generate`. All its state dies with it, so an interrupt leaves the engine as it was."""
 
-    def __init__(
-        self, engine: NativeEngine, requests: Sequence[Request], routing: RoutingRecorder | None
-    ) -> None:
+    def __init__(self, engine: NativeEngine, requests: Sequence[Request], routing: RoutingRecorder | None) -> None:
         slots = min(engine.slots, len(requests))
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         limit = max(request.max_new_tokens for request in requests)

@@ -34,8 +34,7 @@ class WeightHistory:
         """Copy the weights after `version` updates; versions rise. Drops what no later call can return."""
         assert not self._snapshots or version > self.versions[-1], "versions must rise"
         self._snapshots[version] = {
-            name: torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
-            for name, tensor in weights.items()
+            name: torch.empty_like(tensor, device="cpu").copy_(tensor.detach()) for name, tensor in weights.items()
         }
         chosen = self._chosen()
         self._snapshots = {held: kept for held, kept in self._snapshots.items() if held >= chosen}

@@ -12,7 +12,11 @@ MIN_STD = 0.01
 
 
 def terminal_values(
-    rewards_B: Tensor, bootstrap_B: Tensor, truncated_B: Tensor, truncation: str, reward_range: tuple[float, float]
+    rewards_B: Tensor,
+    bootstrap_B: Tensor,
+    truncated_B: Tensor,
+    truncation: str,
+    reward_range: tuple[float, float],
 ) -> Tensor:
     """The return R̂ at the end of each trajectory, [B] (report §5.2.2).
 

@@ -86,4 +86,3 @@ def acceptance_metrics(
         if chosen.any():
             metrics[f"mis/accept_len/{edge}"] = accepted[chosen].mean().item()
     return metrics
-

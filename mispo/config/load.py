@@ -83,7 +83,9 @@ def save_config(config: MispoConfig, path: Path) -> None:
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """All combinations of a sweep such as seed=0,1,2, each a list of plain overrides."""
     choices = [
-        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
         for o in parse_overrides(overrides)
     ]
     return [[str(part) for part in job] for job in itertools.product(*choices)]

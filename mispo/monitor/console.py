@@ -130,9 +130,7 @@ def summary(before: Row, after: Row, reference_values: Mapping[str, float]) -> T
 
     A missing value is `-`. reference_values: for example {"best constant guess": 0.21}.
     """
-    table = Table(
-        title="Held-out problems", title_justify="left", box=None, pad_edge=False, header_style="bold"
-    )
+    table = Table(title="Held-out problems", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right", min_width=8)

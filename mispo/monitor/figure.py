@@ -65,9 +65,7 @@ def _reward(axes: Axes, rows: Sequence[Row]) -> None:
     for color, key in zip(COLORS[1:] * 9, eval_keys(rows), strict=False):
         mark = {"marker": "o" if key.endswith("/greedy") else "s", "markersize": 5, "linestyle": "--"}
         _plot(axes, rows, key, key.removeprefix("eval/"), color=color, linewidth=1, **mark)
-    for style, (name, value) in zip(
-        ((0, (1, 1)), (0, (5, 2, 1, 2))) * 9, references(rows).items(), strict=False
-    ):
+    for style, (name, value) in zip(((0, (1, 1)), (0, (5, 2, 1, 2))) * 9, references(rows).items(), strict=False):
         axes.axhline(value, color="0.45", linewidth=1, linestyle=style, label=name.replace("$", r"\$"))
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=max(1.03, axes.get_ylim()[1]))
 

@@ -45,9 +45,7 @@ def escape(text: object) -> str:
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     """The whole document. sections: (heading, body as HTML)."""
-    body = "\n".join(
-        f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections
-    )
+    body = "\n".join(f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

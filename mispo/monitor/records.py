@@ -45,9 +45,7 @@ def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mappi
         if name in ROLLOUT_FIELDS.names:
             raise ValueError(f"rollouts column {name!r} exists already; choose another name")
         if len(values) != len(trajectories):
-            raise ValueError(
-                f"rollouts column {name!r}: {len(values)} values, {len(trajectories)} trajectories"
-            )
+            raise ValueError(f"rollouts column {name!r}: {len(values)} values, {len(trajectories)} trajectories")
     table = pa.Table.from_pylist([_record(trajectory) for trajectory in trajectories], schema=ROLLOUT_FIELDS)
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))

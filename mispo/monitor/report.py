@@ -106,9 +106,7 @@ def own_notes(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def changed_keys(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
-) -> list[tuple[str, str]]:
+def changed_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """(dotted key, value) of every setting that differs from its default, in the file's order."""
     changed: list[tuple[str, str]] = []
     for key, value in config.items():

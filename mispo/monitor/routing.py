@@ -11,9 +11,7 @@ Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks; the identity for one rank."""
 
 
-def routing_metrics(
-    confidence: Tensor, experts: Tensor, num_experts: int, reduce: Reduce
-) -> dict[str, float]:
+def routing_metrics(confidence: Tensor, experts: Tensor, num_experts: int, reduce: Reduce) -> dict[str, float]:
     """Metrics over the generated tokens of all ranks.
 
     confidence [L, N]: probability mass of the activated experts, per MoE layer and token.

@@ -29,9 +29,7 @@ def curve(rows: Sequence[Row], *, width: int = 100, height: int = 9) -> str:
     title = "reward" + (f"   {MARK} {greedy.removeprefix('eval/')}" if greedy else "")
     low = min([0.0, *reward[1]])
     left = _panel(title, reward, marks, span, (low, max([1.0, *reward[1]])), panel_width, height, ".2f")
-    right = _panel(
-        "mean length", length, ([], []), span, (0.0, nice_top(length[1])), panel_width, height, ".0f"
-    )
+    right = _panel("mean length", length, ([], []), span, (0.0, nice_top(length[1])), panel_width, height, ".0f")
     return "\n".join(f"{a}   {b}".rstrip() for a, b in zip(left, right, strict=True))
 
 
@@ -79,9 +77,7 @@ def _panel(
     return lines
 
 
-def _resample(
-    points: tuple[list[int], list[float]], span: tuple[int, int], columns: int
-) -> list[float | None]:
+def _resample(points: tuple[list[int], list[float]], span: tuple[int, int], columns: int) -> list[float | None]:
     """Mean of the values in each column; a column between two known ones is filled by a straight line."""
     sums: dict[int, list[float]] = {}
     for step, value in zip(*points, strict=True):

@@ -50,9 +50,7 @@ class Tracker:
         wandb_id: str | None,
     ) -> None:
         if settings.wandb not in MODES:
-            raise ValueError(
-                f"tracking.wandb: {settings.wandb!r} is unknown; choose one of {', '.join(MODES)}"
-            )
+            raise ValueError(f"tracking.wandb: {settings.wandb!r} is unknown; choose one of {', '.join(MODES)}")
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         if resume_step is not None:
@@ -83,9 +81,7 @@ class Tracker:
         self._file.write(json_line({"step": step, **metrics}))
         self._file.flush()
         if self._run is not None:
-            finite = {
-                key: value for key, value in metrics.items() if value is not None and math.isfinite(value)
-            }
+            finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
             # Not log(step=…): W&B drops steps that it has seen, and a resumed run repeats some.
             self._run.log({"step": step, **finite})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,9 +51,7 @@ def pack(trajectories: Sequence[Trajectory], *, truncation: str, first: int, tot
         scored = trajectory.action_mask.nonzero()[:, 0]
         columns.append(scored + len(trajectory.prompt_ids) - 1)
         logprobs.append(trajectory.rollout_logprobs[scored])
-    left_out = [
-        t.finish_reason == "abort" or (truncation == "mask" and t.truncated) for t in trajectories
-    ]
+    left_out = [t.finish_reason == "abort" or (truncation == "mask" and t.truncated) for t in trajectories]
     return Batch(
         ids=[torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories],
         columns=columns,
@@ -78,8 +77,7 @@ def minibatches(batch: Batch, parts: int, seed: int) -> list[list[int]]:
     mine = {int(position): b for b, position in enumerate(batch.position_B)}
     cuts = [batch.total * part // parts for part in range(parts + 1)]
     return [
-        [mine[p] for p in order[start:stop].tolist() if p in mine]
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        [mine[p] for p in order[start:stop].tolist() if p in mine] for start, stop in pairwise(cuts)
     ]
 
 

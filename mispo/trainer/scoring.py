@@ -55,9 +55,7 @@ def score_policy(actor: TrainEngine, batch: Batch, token_budget: int, temperatur
     if not confidence:
         return PolicyScores(logprobs_N, entropy_N, None, None)
     order = torch.argsort(torch.cat(places))
-    return PolicyScores(
-        logprobs_N, entropy_N, torch.cat(confidence, 1)[:, order], torch.cat(experts, 1)[:, order]
-    )
+    return PolicyScores(logprobs_N, entropy_N, torch.cat(confidence, 1)[:, order], torch.cat(experts, 1)[:, order])
 
 
 @torch.no_grad()
@@ -68,9 +66,7 @@ def score_values(critic: TrainEngine, batch: Batch, token_budget: int) -> Values
     for members in _shared_parts(critic, batch, token_budget):
         x = model_input(batch, members, critic.ranks.device)
         end = model_input(batch, members, critic.ranks.device, last=True)
-        values = critic.forward(
-            x.ids, torch.cat([x.rows, end.rows]), torch.cat([x.columns, end.columns])
-        ).cpu()
+        values = critic.forward(x.ids, torch.cat([x.rows, end.rows]), torch.cat([x.columns, end.columns])).cpu()
         tokens = len(x.rows)
         values_N[batch.tokens_of(members)] = values[:tokens]
         bootstrap_B[list(members)] = values[tokens:]

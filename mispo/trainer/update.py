@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from mispo.algorithm.loss import critic_loss, mispo_loss
@@ -14,7 +13,14 @@ from mispo.trainer.scoring import equal_count
 
 
 def update_critic(
-    critic: TrainEngine, batch: Batch, targets_N: Tensor, included_N: Tensor, *, parts: int, token_budget: int, seed: int
+    critic: TrainEngine,
+    batch: Batch,
+    targets_N: Tensor,
+    included_N: Tensor,
+    *,
+    parts: int,
+    token_budget: int,
+    seed: int,
 ) -> list[Update]:
     """`parts` critic updates on fixed targets [N]; every included token counts, accepted by the filter or not."""
     updates = []
@@ -28,7 +34,10 @@ def update_critic(
             at = batch.tokens_of(part)
             values = critic.forward(x.ids, x.rows, x.columns)
             return critic_loss(
-                values, targets_N[at].to(values), included_N[at].to(values.device), values.new_tensor(denominator)
+                values,
+                targets_N[at].to(values),
+                included_N[at].to(values.device),
+                values.new_tensor(denominator),
             )
 
         updates.append(_run(critic, batch, members, token_budget, loss))
@@ -68,7 +77,10 @@ def update_actor(
             at = batch.tokens_of(part)
             logprobs, _ = actor.forward(x.ids, x.rows, x.columns, x.targets, temperature)
             return mispo_loss(
-                logprobs, advantages_N[at].to(logprobs), weights_N[at].to(logprobs), logprobs.new_tensor(denominator)
+                logprobs,
+                advantages_N[at].to(logprobs),
+                weights_N[at].to(logprobs),
+                logprobs.new_tensor(denominator),
             )
 
         update = _run(actor, batch, members, token_budget, loss)
@@ -79,7 +91,11 @@ def update_actor(
 
 
 def _run(
-    engine: TrainEngine, batch: Batch, members: list[int], token_budget: int, loss: Callable[[list[int]], Tensor]
+    engine: TrainEngine,
+    batch: Batch,
+    members: list[int],
+    token_budget: int,
+    loss: Callable[[list[int]], Tensor],
 ) -> Update:
     shared = equal_count(engine, microbatches(batch, members, token_budget))
     return engine.update([lambda part=part: loss(part) for part in shared])

@@ -96,9 +96,7 @@ class WeightSync:
         self._expected[self.actor.updates] = score_texts(self.actor, self._pairs, self.temperature)
 
 
-def score_texts(
-    actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float
-) -> list[Tensor]:
+def score_texts(actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
     """The trainer's log-probs [T] of each completion [T] after its prompt [P]; the same on all ranks."""
     lengths = [len(completion) for _, completion in pairs]
     batch = Batch(

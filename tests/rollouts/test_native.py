@@ -55,8 +55,7 @@ def assert_same(left: list[Sample], right: list[Sample], tolerance: float) -> No
 
 def test_logprobs_equal_full_forward_over_refills_and_window_edge(any_model: PreTrainedModel) -> None:
     requests = [
-        replace(request, temperature=(1.3, 0.7, 0.0)[index % 3])
-        for index, request in enumerate(ragged_requests(24))
+        replace(request, temperature=(1.3, 0.7, 0.0)[index % 3]) for index, request in enumerate(ragged_requests(24))
     ]
     samples = engine_of(any_model).generate(requests)
     totals = [len(r.prompt_ids) + len(s.completion_ids) for r, s in zip(requests, samples, strict=True)]
@@ -281,9 +280,7 @@ def test_broken_weights_are_an_error(step_model: PreTrainedModel) -> None:
     assert_same(before, engine.generate(requests), 0.0)
 
 
-def test_interrupt_leaves_the_engine_usable(
-    step_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_leaves_the_engine_usable(step_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, requests = engine_of(step_model), ragged_requests(8)
     before = engine.generate(requests)
     hooks = sum(len(module._forward_hooks) for module in step_model.modules())

@@ -19,9 +19,7 @@ def test_rows_have_their_own_temperature() -> None:
     temperature = torch.tensor([0.0, 0.5, 2.0])
     tokens, logprobs = pick_tokens(logits, temperature, torch.zeros(3, dtype=torch.float64))
     assert tokens.tolist() == [2, 0, 0]
-    expected = [
-        torch.log_softmax(logits[0] / scale, -1)[token] for scale, token in ((1, 2), (0.5, 0), (2, 0))
-    ]
+    expected = [torch.log_softmax(logits[0] / scale, -1)[token] for scale, token in ((1, 2), (0.5, 0), (2, 0))]
     assert torch.allclose(logprobs, torch.stack(expected))
 
 

@@ -17,9 +17,7 @@ def stale_version(history: WeightHistory) -> int:
     return version
 
 
-@pytest.mark.parametrize(
-    ("staleness", "expected"), [(0, [0, 4, 8, 12]), (4, [0, 0, 4, 8]), (6, [0, 0, 0, 4])]
-)
+@pytest.mark.parametrize(("staleness", "expected"), [(0, [0, 4, 8, 12]), (4, [0, 0, 4, 8]), (6, [0, 0, 0, 4])])
 def test_gives_the_weights_of_that_many_updates_ago(staleness: int, expected: list[int]) -> None:
     history = WeightHistory(staleness)
     seen = []

@@ -45,23 +45,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def prompts() -> list[Prompt]:
     return [
-        Prompt(torch.tensor([4, 2 + n]), f"question {n}", f"answer {n}", {"level": n}, index=10 + n)
-        for n in range(3)
+        Prompt(torch.tensor([4, 2 + n]), f"question {n}", f"answer {n}", {"level": n}, index=10 + n) for n in range(3)
     ]
 
 
 def worker(engine: EchoEngine, tokenizer: PreTrainedTokenizerFast, seed: int = 5) -> RolloutWorker:
-    return RolloutWorker(
-        engine, tokenizer, samples_per_prompt=4, max_new_tokens=7, temperature=0.5, seed=seed
-    )
+    return RolloutWorker(engine, tokenizer, samples_per_prompt=4, max_new_tokens=7, temperature=0.5, seed=seed)
 
 
 def test_trajectories_come_prompt_by_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     engine = EchoEngine()
     trajectories = worker(engine, tokenizer).sample(prompts())
-    assert [(t.prompt.index, t.sample) for t in trajectories] == [
-        (10 + p, s) for p in range(3) for s in range(4)
-    ]
+    assert [(t.prompt.index, t.sample) for t in trajectories] == [(10 + p, s) for p in range(3) for s in range(4)]
     for trajectory, request in zip(trajectories, engine.requests, strict=True):
         assert torch.equal(request.prompt_ids, trajectory.prompt_ids)
         assert request.seed == trajectory.seed == request_seed(5, trajectory.prompt.index, trajectory.sample)
@@ -83,9 +78,7 @@ def test_only_a_final_end_token_leaves_the_text(tokenizer: PreTrainedTokenizerFa
 
 
 def test_seeds_are_stable_distinct_and_63_bits() -> None:
-    seeds = {
-        request_seed(run, index, sample) for run in range(5) for index in range(50) for sample in range(8)
-    }
+    seeds = {request_seed(run, index, sample) for run in range(5) for index in range(50) for sample in range(8)}
     assert len(seeds) == 5 * 50 * 8
     assert max(seeds) < 2**63
     assert max(seeds) > 2**62
@@ -114,6 +107,4 @@ def test_grading_keeps_the_order_and_passes_the_row(tokenizer: PreTrainedTokeniz
 
 def test_zero_samples_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"rollout\.samples_per_prompt: 0"):
-        RolloutWorker(
-            EchoEngine(), tokenizer, samples_per_prompt=0, max_new_tokens=1, temperature=1.0, seed=0
-        )
+        RolloutWorker(EchoEngine(), tokenizer, samples_per_prompt=0, max_new_tokens=1, temperature=1.0, seed=0)

@@ -53,9 +53,7 @@ def tiny_model(family: str, attention: str = "sdpa") -> PreTrainedModel:
             config._attn_implementation = attention
             return StepForCausalLM(config).eval()
         if family == "llama":
-            config = LlamaConfig(
-                **COMMON, num_hidden_layers=2, tie_word_embeddings=True, attn_implementation=attention
-            )
+            config = LlamaConfig(**COMMON, num_hidden_layers=2, tie_word_embeddings=True, attn_implementation=attention)
             return LlamaForCausalLM(config).eval()
         config = Qwen3MoeConfig(
             **COMMON,

@@ -1,0 +1,121 @@
+"""`mispo train --dry-run`: what would run, with the arithmetic of its batches and its memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from mispo.config.load import changed_keys
+from mispo.config.schema import MispoConfig
+from mispo.monitor.console import make_console
+from mispo.trainer.policy import compute_dtype
+from model.presets import preset_config
+from model.step import StepForCausalLM
+from model.tokenizer import character_tokenizer
+
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def print_plan(config: MispoConfig, directory: Path) -> None:
+    """The resolved config, what differs from the defaults, batch arithmetic, memory plan."""
+    console = make_console()
+    console.print(OmegaConf.to_yaml(OmegaConf.structured(config)), markup=False, highlight=False)
+    _section(console, "Not the default", [(key, str(value)) for key, value in changed_keys(config).items()])
+    _section(console, "Batches", batch_arithmetic(config))
+    _section(console, "Memory per rank", memory_plan(config))
+    console.print(f"would write to {directory}", markup=False, highlight=False, soft_wrap=True)
+
+
+def batch_arithmetic(config: MispoConfig) -> list[tuple[str, str]]:
+    """How prompts become trajectories, mini-batches and updates."""
+    rollout, trainer = config.rollout, config.trainer
+    total = rollout.prompts_per_step * rollout.samples_per_prompt
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    rows = [
+        (
+            "trajectories per step",
+            f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt} = {total}",
+        )
+    ]
+    for name, parts in (("actor", trainer.actor_minibatches), ("critic", trainer.critic_minibatches)):
+        small, large = total // parts, -(-total // parts)
+        each = str(small) if small == large else f"{small} or {large}"
+        rows.append((f"{name} mini-batches", f"{parts} of {each} trajectories, each used once"))
+    rows.append(("longest trajectory", f"{longest} tokens"))
+    rows.append(
+        (
+            "micro-batch",
+            f"{trainer.tokens_per_microbatch} tokens ≥ {trainer.tokens_per_microbatch // longest} of those",
+        )
+    )
+    rows.append(("steps", f"{trainer.steps} = {trainer.steps * trainer.actor_minibatches} actor updates at most"))
+    return rows
+
+
+def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
+    """Bytes per rank: states exactly, activations as a rough upper bound of the logits alone."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        shape = _shape(config)
+    except (OSError, ValueError) as error:
+        return [("unknown", f"the model's configuration does not open: {str(error).splitlines()[0]}")]
+    with torch.device("meta"):
+        model = StepForCausalLM(shape) if config.model.preset else AutoModelForCausalLM.from_config(shape)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    stage = config.trainer.zero_stage
+    weights, grads, adam = (bytes_ / (ranks if stage >= first else 1) for bytes_, first in ((4, 3), (4, 2), (8, 1)))
+    rollout_bytes = compute_dtype(config.rollout.dtype, device).itemsize
+    text = shape.get_text_config()
+    tokens = config.trainer.tokens_per_microbatch
+    return [
+        ("parameters", f"{count / 1e6:.2f} M, and about as many again for the critic"),
+        ("actor + critic", f"{size(2 * count * (weights + grads + adam))} (fp32 weights, gradients, Adam)"),
+        ("rollout copy", f"{size(count * rollout_bytes)}"),
+        ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
+        ("logits of a micro-batch", f"{size(tokens * text.vocab_size * 4 * 3)} (with softmax and gradient)"),
+        ("old weights", f"{size((config.rollout.staleness + 1) * count * 4)} (rollout.staleness)")
+        if config.rollout.staleness
+        else ("old weights", "none"),
+    ]  # fmt: skip
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.50 GiB, 12.0 MiB."""
+    unit, name = next((pair for pair in UNITS if count >= pair[0]), UNITS[-1])
+    return f"{count / unit:.3g} {name}"
+
+
+def _shape(config: MispoConfig) -> PreTrainedConfig:
+    if config.model.preset is None:
+        return AutoConfig.from_pretrained(str(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    tokenizer = character_tokenizer()
+    return preset_config(
+        config.model.preset,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _cache_bytes(config: MispoConfig, shape: Any, item: int) -> float:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    kinds = getattr(shape, "layer_types", None) or ["full_attention"] * shape.num_hidden_layers
+    cells = sum(min(longest, shape.sliding_window) if kind == "sliding_attention" else longest for kind in kinds)
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2.0 * cells * shape.num_key_value_heads * head * item * config.rollout.slots
+
+
+def _section(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table, highlight=False, markup=False)
+    console.print()

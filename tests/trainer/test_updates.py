@@ -1,0 +1,74 @@
+"""The same update on one and two ranks and under every ZeRO stage; NaN never reaches the parameters."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("updates_script.py")
+
+
+def run_script(out: Path, stage: int, rounds: int, *flags: str, ranks: int = 1) -> dict[str, Any]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launcher, str(SCRIPT), str(out), str(stage), str(rounds), *flags]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, cwd=out.parent, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("straight")
+    return run_script(folder / "one.pt", 0, 1)
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert torch.allclose(a["losses"], b["losses"], rtol=1e-5)
+    assert torch.allclose(a["norms"], b["norms"], rtol=1e-5)
+    for name in ("actor", "critic"):
+        for key, tensor in a[name].items():
+            # Relative to the tensor: AdamW turns rounding in gradients near 0 into steps of up to lr.
+            assert (tensor - b[name][key]).norm() <= 2e-5 * tensor.norm() + 1e-6, key
+    assert torch.allclose(a["bootstrap"], b["bootstrap"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 2), (3, 1)])
+def test_ranks_and_zero_stage_do_not_change_the_update(
+    straight: dict[str, Any], tmp_path: Path, stage: int, ranks: int
+) -> None:
+    assert straight["applied"].all()
+    assert straight["stop"] == (2, 3)
+    assert_same(straight, run_script(tmp_path / "other.pt", stage, 1, ranks=ranks))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_is_skipped(straight: dict[str, Any], tmp_path: Path, stage: int) -> None:
+    before = run_script(tmp_path / "before.pt", stage, 0)
+    after = run_script(tmp_path / "after.pt", stage, 1, "--nan", "yes")
+    assert len(after["applied"]) == 5
+    assert not after["applied"].any()
+    for name in ("actor", "critic"):
+        assert all(torch.equal(tensor, after[name][key]) for key, tensor in before[name].items())
+        assert not all(torch.equal(tensor, straight[name][key]) for key, tensor in before[name].items())
+
+
+def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="critic: 2 updates in a row had a gradient that is not finite"):
+        run_script(tmp_path / "after.pt", 0, 1, "--nan", "yes", "--max-skipped", "2")
+
+
+def test_a_checkpoint_continues_under_another_stage_and_number_of_ranks(tmp_path: Path) -> None:
+    run_script(tmp_path / "first.pt", 0, 1, "--save", str(tmp_path / "checkpoints"))
+    same = run_script(tmp_path / "same.pt", 0, 1, "--load", str(tmp_path / "checkpoints"))
+    other = run_script(tmp_path / "other.pt", 2, 1, "--load", str(tmp_path / "checkpoints"), ranks=2)
+    assert same["stop"] == other["stop"] == (4, 6)
+    assert_same(same, other)

@@ -1,0 +1,140 @@
+"""Run by test_updates.py in processes of its own: a few updates on a fixed batch, results written to a file.
+
+Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mispo.config.schema import TrainerConfig
+from mispo.trainer.batch import pack
+from mispo.trainer.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    load_progress,
+    load_states,
+    save_checkpoint,
+)
+from mispo.trainer.engine import build_engines, start_ranks
+from mispo.trainer.policy import ActorModule, CriticModule
+from mispo.trainer.scoring import score_policy, score_values
+from mispo.trainer.update import update_actor, update_critic
+from mispo.trainer.weights import WeightSync, full_weights
+from model.build import build_policy
+from model.critic import Critic
+from rollouts.native import NativeEngine
+from rollouts.staleness import WeightHistory
+from rollouts.trajectory import Prompt, Trajectory
+
+TRAJECTORIES = 13
+
+
+def trajectory(number: int, generator: torch.Generator) -> Trajectory:
+    prompt, length = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((3, 9), (1, 30)))
+    return Trajectory(
+        prompt=Prompt(torch.randint(7, 90, (prompt,), generator=generator), "q", "a", {}, number),
+        sample=0,
+        seed=0,
+        completion_ids=torch.randint(7, 90, (length,), generator=generator),
+        action_mask=torch.ones(length, dtype=torch.bool),
+        rollout_logprobs=-torch.rand(length, generator=generator) - 4,
+        finish_reason="length" if number % 3 == 0 else "stop",
+        weight_version=0,
+        routing_confidence=None,
+        completion="",
+        reward=float(number % 2),
+    )
+
+
+def main() -> None:
+    out, stage, rounds, *rest = sys.argv[1:]
+    flags = dict(zip(rest[::2], rest[1::2], strict=True))
+    config = TrainerConfig(
+        zero_stage=int(stage),
+        actor_lr=1e-3,
+        critic_lr=1e-3,
+        actor_warmup_updates=1,
+        critic_warmup_updates=1,
+        max_skipped_updates=int(flags.get("--max-skipped", "100")),
+    )
+    accelerator, ranks = start_ranks(config)
+    torch.manual_seed(0)
+    policy, tokenizer = build_policy("micro", None, seed=0)
+    critic_model = Critic.from_policy(policy, 1e-2, 0)
+    checkpoint = latest_checkpoint(Path(flags["--load"])) if "--load" in flags else None
+    if checkpoint:
+        from safetensors.torch import load_file
+
+        policy, tokenizer = build_policy(None, str(checkpoint / "actor"))
+        critic_model.load_state_dict(load_file(checkpoint / "critic.safetensors"))
+    copy, _ = build_policy("micro", None, seed=0)
+    actor, critic = build_engines(
+        accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config
+    )
+    engine = NativeEngine(copy, [1], 0, 4)
+    sync = WeightSync(
+        actor, engine, WeightHistory(0), probe=[torch.arange(7, 15)], tolerance=1e-4, temperature=1.0
+    )
+    if checkpoint:
+        load_states(checkpoint, load_progress(checkpoint), actor=actor, critic=critic, sync=sync)
+
+    generator = torch.Generator().manual_seed(1)
+    everything = [trajectory(number, generator) for number in range(TRAJECTORIES)]
+    mine = ranks.share(TRAJECTORIES)
+    batch = pack(
+        [everything[i] for i in mine], truncation="bootstrap", first=mine.start, total=TRAJECTORIES
+    )
+    tokens = int(batch.offsets_B1[-1])
+    included = torch.ones(tokens, dtype=torch.bool)
+    advantages = torch.sin(batch.rollout_logprobs_N * 7)
+    if "--nan" in flags:
+        advantages = advantages * float("nan")
+    weights = (torch.cos(batch.rollout_logprobs_N * 9) > -0.5).float()
+    updates = []
+    for number in range(int(rounds)):
+        seed = number + actor.updates * 100
+        updates += update_critic(critic, batch, advantages, included, parts=3, token_budget=100, seed=seed)
+        updates += update_actor(
+            actor,
+            batch,
+            advantages,
+            weights,
+            included,
+            parts=2,
+            token_budget=100,
+            seed=seed,
+            temperature=1.0,
+            loss_norm="tokens",
+            after_update=lambda: None,
+        )
+    sync.publish()
+    scores = score_policy(actor, batch, 100, 1.0)
+    values = score_values(critic, batch, 100)
+    result = {
+        "losses": torch.tensor([update.loss for update in updates]),
+        "norms": torch.tensor([update.grad_norm for update in updates]),
+        "applied": torch.tensor([update.applied for update in updates]),
+        "logprobs": scores.logprobs_N,
+        "bootstrap": ranks.gather(values.bootstrap_B, batch.position_B, TRAJECTORIES),
+        "actor": full_weights(actor, actor.module.policy),
+        "critic": full_weights(critic, critic.module.critic),
+        "stop": (actor.updates, critic.updates),
+    }
+    if "--save" in flags:
+        progress = Progress(1, 0, actor.updates, critic.updates, None)
+        save_checkpoint(
+            Path(flags["--save"]),
+            progress=progress,
+            actor=actor,
+            critic=critic,
+            tokenizer=tokenizer,
+            sync=sync,
+            keep_last=1,
+        )
+    if ranks.first:
+        torch.save(result, out)
+
+
+main()
