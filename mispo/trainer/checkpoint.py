@@ -139,6 +139,7 @@ def _moments(engine: TrainEngine) -> dict[str, Tensor]:
         return {}
     plain = engine.engine.zero_optimization_stage() == 0
     states: dict[str, Tensor] = {}
+    engine.link_states()
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
             if plain:
@@ -157,6 +158,7 @@ def _load_moments(engine: TrainEngine, states: dict[str, Tensor]) -> None:
             }
         return
     engine.create_states(_zero_loss(engine))
+    engine.link_states()
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, states[f"{name}.{moment}"].to(engine.ranks.device), moment)

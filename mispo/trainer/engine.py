@@ -86,6 +86,16 @@ class TrainEngine:
         self.engine.backward(zero_loss)
         self.engine.step()
 
+    def link_states(self) -> None:
+        """Make the optimizer's states reachable by parameter, before they are read or set.
+
+        DeepSpeed (0.19) does so during the first step, after the first parameter group: the states of the other
+        groups do not exist yet, and stay unreachable.
+        """
+        if self.engine.zero_optimization_stage() in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
     def _step(self) -> tuple[float, bool]:
         if self.engine.zero_optimization_stage() == 0:
             # Here DeepSpeed would let a NaN through.
@@ -122,7 +132,11 @@ def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
         logging.getLogger(name).setLevel(logging.ERROR)
     # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
+    # zero3_init_flag: models are built whole and partitioned later, so that the rollout engine can copy them.
+    plugins = {
+        name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)
+        for name in ("actor", "critic")
+    }
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
         deepspeed_plugins=plugins,

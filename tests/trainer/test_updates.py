@@ -66,9 +66,13 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
         run_script(tmp_path / "after.pt", 0, 1, "--nan", "yes", "--max-skipped", "2")
 
 
-def test_a_checkpoint_continues_under_another_stage_and_number_of_ranks(tmp_path: Path) -> None:
-    run_script(tmp_path / "first.pt", 0, 1, "--save", str(tmp_path / "checkpoints"))
-    same = run_script(tmp_path / "same.pt", 0, 1, "--load", str(tmp_path / "checkpoints"))
-    other = run_script(tmp_path / "other.pt", 2, 1, "--load", str(tmp_path / "checkpoints"), ranks=2)
+@pytest.mark.parametrize(("saved", "loaded"), [((0, 1), (2, 2)), ((2, 2), (0, 1)), ((0, 1), (3, 1))])
+def test_a_checkpoint_continues_under_another_stage_and_number_of_ranks(
+    tmp_path: Path, saved: tuple[int, int], loaded: tuple[int, int]
+) -> None:
+    checkpoints = str(tmp_path / "checkpoints")
+    run_script(tmp_path / "first.pt", saved[0], 1, "--save", checkpoints, ranks=saved[1])
+    same = run_script(tmp_path / "same.pt", saved[0], 1, "--load", checkpoints, ranks=saved[1])
+    other = run_script(tmp_path / "other.pt", loaded[0], 1, "--load", checkpoints, ranks=loaded[1])
     assert same["stop"] == other["stop"] == (4, 6)
     assert_same(same, other)
