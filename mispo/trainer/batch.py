@@ -76,9 +76,7 @@ def minibatches(batch: Batch, parts: int, seed: int) -> list[list[int]]:
     order = torch.randperm(batch.total, generator=torch.Generator().manual_seed(seed))
     mine = {int(position): b for b, position in enumerate(batch.position_B)}
     cuts = [batch.total * part // parts for part in range(parts + 1)]
-    return [
-        [mine[p] for p in order[start:stop].tolist() if p in mine] for start, stop in pairwise(cuts)
-    ]
+    return [[mine[p] for p in order[start:stop].tolist() if p in mine] for start, stop in pairwise(cuts)]
 
 
 def microbatches(batch: Batch, members: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
@@ -132,16 +133,14 @@ def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
         logging.getLogger(name).setLevel(logging.ERROR)
     # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # zero3_init_flag: models are built whole and partitioned later, so that the rollout engine can copy them.
-    plugins = {
-        name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)
-        for name in ("actor", "critic")
-    }
+    plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
         deepspeed_plugins=plugins,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
     )
+    # Or transformers would load models partitioned under ZeRO-3; the rollout engine copies them whole first.
+    unset_hf_deepspeed_config()
     return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 

@@ -74,18 +74,14 @@ def main() -> None:
         accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config
     )
     engine = NativeEngine(copy, [1], 0, 4)
-    sync = WeightSync(
-        actor, engine, WeightHistory(0), probe=[torch.arange(7, 15)], tolerance=1e-4, temperature=1.0
-    )
+    sync = WeightSync(actor, engine, WeightHistory(0), probe=[torch.arange(7, 15)], tolerance=1e-4, temperature=1.0)
     if checkpoint:
         load_states(checkpoint, load_progress(checkpoint), actor=actor, critic=critic, sync=sync)
 
     generator = torch.Generator().manual_seed(1)
     everything = [trajectory(number, generator) for number in range(TRAJECTORIES)]
     mine = ranks.share(TRAJECTORIES)
-    batch = pack(
-        [everything[i] for i in mine], truncation="bootstrap", first=mine.start, total=TRAJECTORIES
-    )
+    batch = pack([everything[i] for i in mine], truncation="bootstrap", first=mine.start, total=TRAJECTORIES)
     tokens = int(batch.offsets_B1[-1])
     included = torch.ones(tokens, dtype=torch.bool)
     advantages = torch.sin(batch.rollout_logprobs_N * 7)
