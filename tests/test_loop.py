@@ -1,0 +1,150 @@
+"""The whole loop on real parts, micro model: repeatable, resumable, truncation-aware, on one rank and two."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import rows_of, train, without_times
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without an interruption."""
+    directory = tmp_path_factory.mktemp("loop") / "straight"
+    train(directory, "trainer.steps=4", "checkpoint.every=2")
+    return directory
+
+
+def test_a_run_directory_holds_everything(straight: Path) -> None:
+    rows = rows_of(straight)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert {"eval/count_bits/greedy", "eval/count_bits/avg@1", "response_length/mean"} <= set(rows[0])
+    assert {"eval/count_bits/greedy", "reward/mean", "moe/confidence/layer_2"} <= set(rows[4])
+    assert [row["actor/updates"] for row in rows[1:]] == [4.0] * 4
+    assert [row["critic/updates"] for row in rows[1:]] == [12.0] * 4
+    for name in ("config.yaml", "report.html", "curve.png", "samples_before.jsonl", "samples_after.jsonl"):
+        assert (straight / name).stat().st_size > 0, name
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["step_2", "step_4"]
+    assert len(list((straight / "rollouts").glob("*.parquet"))) == 4
+
+
+def test_the_same_seed_gives_the_same_run(straight: Path, tmp_path: Path) -> None:
+    again = train(tmp_path / "again", "trainer.steps=4", "checkpoint.every=2")
+    assert without_times(again) == without_times(rows_of(straight))
+    other = train(tmp_path / "other", "trainer.steps=1", "seed=1")
+    assert other[1]["reward/mean"] != again[1]["reward/mean"]
+
+
+def test_a_resumed_run_is_the_same_run(straight: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "resumed"
+    train(directory, "trainer.steps=2", "checkpoint.every=2")
+    rows = train(directory, "trainer.steps=4", resume=True)
+    expected = without_times(rows_of(straight))
+    assert without_times(rows)[3:] == expected[3:]
+    for file in ("actor/model.safetensors", "critic.safetensors", "actor_optimizer.safetensors"):
+        a, b = (load_file(run / "checkpoints/step_4" / file) for run in (straight, directory))
+        assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), file
+
+
+def test_on_policy_in_fp32_the_papers_bounds_accept_everything(straight: Path) -> None:
+    for row in rows_of(straight)[1:]:
+        assert row["mis/traj_accept"] == 1.0
+        assert row["mis/token_accept"] == 1.0
+        assert row["mismatch/max_abs"] < 1e-4
+        assert row["rollout/staleness"] <= 4
+        assert row["sync/max_abs"] < 1e-4
+
+
+def test_with_stale_rollouts_the_acceptance_falls(tmp_path: Path) -> None:
+    rows = train(tmp_path / "stale", "trainer.steps=4", "rollout.staleness=8", "trainer.actor_lr=1e-3")
+    assert rows[1]["mis/traj_accept"] == 1.0
+    assert rows[4]["mis/traj_accept"] < 0.7
+    assert rows[4]["rollout/staleness"] == 8.0
+    versions = pq.read_table(tmp_path / "stale/rollouts/step_4.parquet")["weight_version"].to_pylist()
+    assert set(versions) == {4}  # step 4 starts after 12 updates and samples from the weights of 8 before
+
+
+def test_a_stale_run_resumes_as_the_same_run(tmp_path: Path) -> None:
+    options = ("rollout.staleness=6", "checkpoint.every=2", "trainer.actor_lr=1e-3")
+    whole = train(tmp_path / "whole", "trainer.steps=4", *options)
+    train(tmp_path / "parts", "trainer.steps=2", *options)
+    parts = train(tmp_path / "parts", "trainer.steps=4", resume=True)
+    assert without_times(parts)[3:] == without_times(whole)[3:]
+
+
+def columns_of(directory: Path, step: int) -> list[dict[str, Any]]:
+    return pq.read_table(directory / f"rollouts/step_{step}.parquet").to_pylist()
+
+
+def test_a_truncated_trajectory_aims_at_the_value_after_its_last_token(tmp_path: Path) -> None:
+    """γ = λ = 1: every token's critic target is R̂, so their mean is."""
+    options = ("rollout.max_new_tokens=6", "critic.head_init_std=0.3", "trainer.steps=1")
+    train(tmp_path / "bootstrap", *options)
+    rows = columns_of(tmp_path / "bootstrap", 1)
+    truncated = [row for row in rows if row["finish_reason"] == "length"]
+    finished = [row for row in rows if row["finish_reason"] == "stop"]
+    assert len(truncated) >= 3
+    assert len(finished) >= 3
+    for row in truncated:
+        assert row["target_mean"] == pytest.approx(min(max(row["bootstrap"], 0.0), 1.0), abs=1e-6)
+    assert any(0 < row["bootstrap"] < 1 for row in truncated)
+    for row in finished:
+        assert row["target_mean"] == pytest.approx(row["reward"], abs=1e-6)
+
+    train(tmp_path / "zero", *options, "algorithm.truncation=zero")
+    assert all(
+        row["target_mean"] == pytest.approx(0.0, abs=1e-6)
+        for row in columns_of(tmp_path / "zero", 1)
+        if row["finish_reason"] == "length"
+    )
+
+
+def test_a_step_without_anything_accepted_moves_the_critic_only(tmp_path: Path) -> None:
+    rows = train(
+        tmp_path / "run",
+        "trainer.steps=3",
+        "rollout.staleness=4",
+        "trainer.actor_lr=1e-2",
+        "algorithm.filter.trajectory_bounds=[1.0,1.0]",
+    )
+    assert rows[3]["mis/traj_accept"] == 0.0
+    assert rows[3]["actor/updates"] == 0.0
+    assert rows[3]["mis/empty_minibatches"] == 4.0
+    assert rows[3]["critic/updates"] == 12.0
+
+
+def test_two_ranks_run_the_same_first_step_as_one(straight: Path, tmp_path: Path) -> None:
+    rows = train(tmp_path / "two", "trainer.steps=1", "trainer.zero_stage=2", ranks=2)
+    one = rows_of(straight)[1]
+    for key in ("reward/mean", "response_length/mean", "actor/updates", "critic/updates", "moe/dead_experts"):
+        assert rows[1][key] == one[key], key
+    for key in ("actor/loss", "actor/grad_norm", "actor/entropy", "critic/loss", "moe/confidence/mean"):
+        assert rows[1][key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_the_checkpoint_opens_where_mispo_was_never_imported(straight: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "path = sys.argv[1]; tokenizer = AutoTokenizer.from_pretrained(path)\n"
+        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
+        "ids = tokenizer.apply_chat_template([{'role': 'user', 'content': 'ones in 5?'}], add_generation_prompt=True,"
+        " return_tensors='pt', return_dict=True)\n"
+        "out = model.generate(**ids, max_new_tokens=4, do_sample=False)\n"
+        "assert not any(name.split('.')[0] in ('mispo', 'model', 'rollouts') for name in sys.modules)\n"
+        "print(type(model).__name__, tuple(out.shape)[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, str(straight / "checkpoints/step_4/actor")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["StepForCausalLM", "1"]
