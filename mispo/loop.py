@@ -58,6 +58,7 @@ def train_step(run: Run, step: int) -> None:
     with timer("step"):
         with timer("rollout"):
             trajectories = roll_out(run)
+        staleness = max(run.actor.updates - t.weight_version for t in trajectories)
         with timer("reward"):
             trajectories = run.permute(grade(trajectories, run.pool), step)
         with timer("score"):
@@ -85,7 +86,8 @@ def train_step(run: Run, step: int) -> None:
         trajectory_bounds=(low, high),
         num_experts=run.num_experts,
     )
-    metrics |= synced | timer.seconds | run.throughput(batch, timer.seconds["timing_s/step"])
+    metrics |= synced | {"rollout/staleness": float(staleness)} | timer.seconds
+    metrics |= run.throughput(batch, timer.seconds["timing_s/step"])
     run.save_rollouts(step, trajectories, batch, advantages_N, targets_N, values.bootstrap_B, selection)
     run.report_step(step, metrics)
     if run.checkpoint_due(step):

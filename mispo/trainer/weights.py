@@ -77,7 +77,7 @@ class WeightSync:
                 f"rollout.parity_tolerance {self.tolerance:g}); the engine did not take the new weights, or its "
                 "precision is far off"
             )
-        return {"sync/max_abs": gap, "rollout/staleness": float(self.actor.updates - version)}
+        return {"sync/max_abs": gap}
 
     def restore(self, snapshots: dict[int, dict[str, Tensor]], expected: dict[int, list[Tensor]]) -> None:
         """Continue with the snapshots of a checkpoint."""
