@@ -13,7 +13,8 @@ MICRO = [
     "rollout.prompts_per_step=8",
     "rollout.samples_per_prompt=4",
     "warm_start.steps=30",
-    "data.eval_size=4",
+    "data.task_args.max_n=63",
+    "data.eval_size=8",
 ]
 """A run of a few seconds."""
 
