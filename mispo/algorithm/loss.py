@@ -14,10 +14,12 @@ def mispo_loss(logprobs_n: Tensor, advantages_n: Tensor, weights_n: Tensor, deno
     """−Σ weight·Â·log π_θ / denominator, scalar (report §5.2.1).
 
     weights_n: `Selection.weights`, constant within the step: no importance weight, no clip. The gradient at a
-    rejected token is exactly 0, whatever its log-prob.
+    rejected token is exactly 0, whatever its log-prob or advantage.
     """
-    terms_n = torch.where(weights_n > 0, -weights_n * advantages_n * logprobs_n, 0.0)
-    return terms_n.sum() / denominator
+    kept_n = weights_n > 0
+    # Both factors are masked: 0·∞ would be NaN, in the sum or in its gradient.
+    coefficients_n = torch.where(kept_n, -weights_n * advantages_n, 0.0)
+    return (coefficients_n * torch.where(kept_n, logprobs_n, 0.0)).sum() / denominator
 
 
 def critic_loss(values_n: Tensor, targets_n: Tensor, included_n: Tensor, denominator: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""The filter against plain loops in float64, at its edges, and with ratios that are no numbers."""
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ragged import Ragged, ragged
+from torch import Tensor
+
+from mispo.algorithm.filter import bounds_filter, keep_all
+from mispo.algorithm.segments import offsets_of
+from mispo.config.schema import FilterConfig
+
+TOKEN, TRAJECTORY = (0.5, 2.0), (0.996, 1.001)
+
+
+def oracle(
+    old: list[list[float]], rollout: list[list[float]], token: tuple[float, float], trajectory: tuple[float, float]
+) -> tuple[list[bool], list[int], list[float]]:
+    """The report's two indicator functions, token by token."""
+    keep, accepted, log_rho = [], [], []
+    for old_T, rollout_T in zip(old, rollout, strict=True):
+        total = 0.0
+        for a, b in zip(old_T, rollout_T, strict=True):
+            total += a - b
+            keep.append(token[0] <= math.exp(a - b) <= token[1])
+        mean = total / len(old_T) if old_T else 0.0
+        accepted.append(int(trajectory[0] <= math.exp(mean) <= trajectory[1]))
+        log_rho.append(mean)
+    return keep, accepted, log_rho
+
+
+@given(batch=ragged, scale=st.sampled_from([1e-4, 1e-2, 1.0]))
+def test_filter_is_the_two_indicator_functions(batch: Ragged, scale: float) -> None:
+    old = batch.tokens("old") - 3
+    rollout = old + batch.tokens("shift", scale)
+    chosen = bounds_filter(old, rollout, batch.offsets, TOKEN, TRAJECTORY)
+    keep, accepted, log_rho = oracle(batch.split(old), batch.split(rollout), TOKEN, TRAJECTORY)
+    assert chosen.keep_N.tolist() == keep
+    assert chosen.multiplicity_B.tolist() == accepted
+    assert chosen.log_rho_B.tolist() == pytest.approx(log_rho, abs=1e-12)
+    weights = [float(k * m) for k, m in zip(keep, spread(accepted, batch.lengths), strict=True)]
+    assert chosen.weights(batch.offsets).tolist() == weights
+
+
+def spread(per_trajectory: list[int], lengths: list[int]) -> list[int]:
+    return list(chain.from_iterable([x] * n for x, n in zip(per_trajectory, lengths, strict=True)))
+
+
+def select(log_x: list[float], lengths: list[int]) -> tuple[list[bool], list[int]]:
+    chosen = bounds_filter(
+        torch.tensor(log_x, dtype=torch.float64),
+        torch.zeros(len(log_x), dtype=torch.float64),
+        offsets_of(torch.tensor(lengths)),
+        TOKEN,
+        TRAJECTORY,
+    )
+    return chosen.keep_N.tolist(), chosen.multiplicity_B.tolist()
+
+
+def test_the_papers_constants_are_the_defaults() -> None:
+    assert FilterConfig().name == "bounds"
+    assert tuple(FilterConfig().token_bounds) == TOKEN
+    assert tuple(FilterConfig().trajectory_bounds) == TRAJECTORY
+
+
+def test_both_ends_belong_to_the_window() -> None:
+    below, above = math.log(0.5), math.log(2.0)
+    keep, _ = select([below, above, math.nextafter(below, -9), math.nextafter(above, 9)], [4])
+    assert keep == [True, True, False, False]
+    low, high = math.log(0.996), math.log(1.001)
+    _, accepted = select([low, high, math.nextafter(low, -9), math.nextafter(high, 9)], [1, 1, 1, 1])
+    assert accepted == [1, 1, 0, 0]
+
+
+def test_the_window_is_lopsided() -> None:
+    """A trajectory that the trainer finds 0.3 % less likely per token stays, one 0.3 % more likely goes."""
+    assert select([-0.003] * 5 + [0.003] * 5, [5, 5])[1] == [1, 0]
+
+
+def test_the_trajectory_ratio_counts_tokens_that_the_token_test_rejects() -> None:
+    keep, accepted = select([1.0, -1.0], [2])
+    assert keep == [False, False]
+    assert accepted == [1]
+
+
+def test_ratios_that_are_no_numbers_are_rejected_and_infect_nothing() -> None:
+    keep, accepted = select([math.nan, 0.0, math.inf, 0.0, -math.inf, 0.0, 0.0], [2, 2, 2, 1])
+    assert keep == [False, True, False, True, False, True, True]
+    assert accepted == [0, 0, 0, 1]
+
+
+def test_a_token_impossible_under_both_policies_is_rejected() -> None:
+    infinite = torch.tensor([-math.inf, -1.0])
+    chosen = bounds_filter(infinite, infinite.clone(), torch.tensor([0, 1, 2]), TOKEN, TRAJECTORY)
+    assert chosen.multiplicity_B.tolist() == [0, 1]
+    assert chosen.weights(torch.tensor([0, 1, 2])).tolist() == [0.0, 1.0]
+
+
+def test_empty_trajectories_and_batches() -> None:
+    assert select([0.0], [0, 1, 0]) == ([True], [1, 1, 1])
+    empty = torch.empty(0)
+    assert len(bounds_filter(empty, empty, torch.zeros(1, dtype=torch.int64), TOKEN, TRAJECTORY).multiplicity_B) == 0
+
+
+@given(batch=ragged)
+def test_no_filter_keeps_everything(batch: Ragged) -> None:
+    old: Tensor = batch.tokens("old")
+    chosen = keep_all(old, batch.tokens("rollout", 5.0), batch.offsets)
+    assert chosen.weights(batch.offsets).tolist() == [1.0] * sum(batch.lengths)
+
+
+def test_the_acceptance_of_gaussian_log_ratios_falls_with_the_length_as_its_closed_form_says() -> None:
+    """log ρ̄ of T independent N(μ, σ²) tokens is N(μ, σ²/T): longer trajectories of an unbiased pair pass more."""
+    generator = torch.Generator().manual_seed(0)
+    count, sigma = 4000, 0.02
+    for length in (1, 16, 256):
+        log_x = torch.randn(count * length, generator=generator, dtype=torch.float64) * sigma
+        offsets = offsets_of(torch.full((count,), length))
+        accepted = bounds_filter(log_x, torch.zeros_like(log_x), offsets, TOKEN, TRAJECTORY).multiplicity_B
+        spread_of_mean = sigma / length**0.5
+        low, high = (math.log(bound) / spread_of_mean / 2**0.5 for bound in TRAJECTORY)
+        expected = (math.erf(high) - math.erf(low)) / 2
+        error = (expected * (1 - expected) / count) ** 0.5
+        assert abs(accepted.double().mean().item() - expected) < 4 * error

@@ -1,0 +1,77 @@
+"""Acceptance and mismatch metrics on batches that can be counted by hand; and the room's purity."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import mispo.algorithm
+from mispo.algorithm.filter import bounds_filter
+from mispo.algorithm.metrics import acceptance_metrics, mismatch_metrics, mismatch_sums
+
+BOUNDS = (0.996, 1.001)
+
+
+def test_acceptance_is_split_by_side_reward_and_length() -> None:
+    log_x = torch.cat([torch.full((20,), -0.1), torch.full((20,), 0.1), torch.zeros(4), torch.zeros(100)])
+    lengths = torch.tensor([20, 20, 4, 100])
+    offsets = torch.tensor([0, 20, 40, 44, 144])
+    chosen = bounds_filter(log_x, torch.zeros(144), offsets, (0.5, 2.0), BOUNDS)
+    metrics = acceptance_metrics(chosen, lengths, torch.tensor([1.0, 0.0, 0.0, 1.0]), BOUNDS)
+    assert metrics["mis/traj_accept"] == 0.5
+    assert metrics["mis/traj_reject_low"] == 0.25
+    assert metrics["mis/traj_reject_high"] == 0.25
+    assert metrics["mis/accept_pos"] == 0.5
+    assert metrics["mis/accept_neg"] == 0.5
+    assert {k: v for k, v in metrics.items() if "accept_len" in k} == {
+        "mis/accept_len/0": 1.0,
+        "mis/accept_len/16": 0.0,
+        "mis/accept_len/64": 1.0,
+    }
+    assert metrics["mis/log_rho_mean"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["mis/rho_p05"] < 1 < metrics["mis/rho_p95"]
+
+
+def test_equal_rewards_leave_out_the_better_ones() -> None:
+    chosen = bounds_filter(torch.zeros(2), torch.zeros(2), torch.tensor([0, 1, 2]), (0.5, 2.0), BOUNDS)
+    metrics = acceptance_metrics(chosen, torch.ones(2), torch.ones(2), BOUNDS)
+    assert "mis/accept_pos" not in metrics
+    assert metrics["mis/accept_neg"] == 1.0
+
+
+def test_mismatch_follows_its_formulas() -> None:
+    log_x = [0.1, -0.2, 0.0]
+    sums = mismatch_sums(
+        torch.tensor(log_x, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+        torch.tensor([True, False, True]),
+        torch.tensor([0, 2, 3]),
+    )
+    metrics = mismatch_metrics(sums)
+    assert metrics["mismatch/k1"] == pytest.approx(sum(-x for x in log_x) / 3)
+    assert metrics["mismatch/k3"] == pytest.approx(sum(math.exp(x) - 1 - x for x in log_x) / 3)
+    assert metrics["mismatch/max_abs"] == pytest.approx(0.2)
+    assert metrics["mis/token_accept"] == pytest.approx(2 / 3)
+    assert sums.max_abs_B.tolist() == pytest.approx([0.2, 0.0])
+
+
+def test_k1_and_k3_estimate_the_divergence_of_rollout_from_trainer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rollout, old = (torch.randn(20, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    drawn = torch.multinomial(rollout.exp(), 200_000, replacement=True, generator=generator)
+    sums = mismatch_sums(old[drawn], rollout[drawn], torch.ones(len(drawn)), torch.tensor([0, len(drawn)]))
+    exact = (rollout.exp() * (rollout - old)).sum().item()
+    assert mismatch_metrics(sums)["mismatch/k1"] == pytest.approx(exact, rel=0.02)
+    assert mismatch_metrics(sums)["mismatch/k3"] == pytest.approx(exact, rel=0.02)
+
+
+def test_the_algorithm_knows_tensors_only() -> None:
+    """No process groups, models, configs or files: that is what makes it quotable."""
+    for path in Path(mispo.algorithm.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        outside = {name for name in names if not name.startswith("mispo.algorithm")}
+        assert outside <= {"__future__", "torch", "math", "dataclasses", "collections.abc"}, path.name
