@@ -1,0 +1,157 @@
+"""Finding routers, recording what they do, confidence against float64 loops, float32 under autocast."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
+
+from model.build import build_policy
+from model.critic import Critic
+from model.routing import RoutingRecorder, find_routers, keep_router_fp32, routing_confidence
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def model_of(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "step":
+        return build_policy("micro", None)[0].eval()
+    config = {
+        "qwen": lambda: Qwen3MoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16),
+        "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=6, num_experts_per_tok=2),
+        "olmoe": lambda: OlmoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2),
+    }[family]()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def oracle(logits: list[float], chosen: list[int], kind: str) -> float:
+    """Σ of the chosen experts' scores over Σ of all, in Python floats."""
+    scores = [1 / (1 + math.exp(-x)) if kind == "sigmoid" else math.exp(x) for x in logits]
+    return sum(scores[e] for e in chosen) / sum(scores)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_confidence_is_the_probability_mass_of_the_chosen_experts(kind: str, normalised: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(30, 8, generator=generator) * 2
+    scores = logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
+    # The choice may follow another order than the scores (a correction bias): the definition does not care.
+    indices = (scores + torch.rand(30, 8, generator=generator)).topk(3).indices
+    weights = scores.gather(1, indices)
+    if normalised:
+        weights = 2.5 * weights / weights.sum(-1, keepdim=True)
+    expected = [oracle(x, e, kind) for x, e in zip(logits.double().tolist(), indices.tolist(), strict=True)]
+    assert routing_confidence(logits, weights, indices).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_router_of_another_kind_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"layers\.3: its weights are neither sigmoid nor softmax"):
+        routing_confidence(torch.randn(4, 6), torch.rand(4, 2), torch.tensor([[0, 1]] * 4), "layers.3")
+
+
+@pytest.mark.parametrize(("family", "layers"), [("step", 3), ("qwen", 2), ("mixtral", 2), ("olmoe", 2)])
+def test_the_recorder_sees_each_moe_layer_of_stock_models(family: str, layers: int) -> None:
+    model = model_of(family)
+    assert len(find_routers(model)) == layers
+    ids = torch.randint(5, 45, (2, 9))
+    with torch.no_grad(), RoutingRecorder(model) as recorder:
+        model(input_ids=ids)
+        model(input_ids=ids[:, :4])
+        seen = recorder.take()
+        assert recorder.take() is None
+    assert seen is not None
+    assert seen.confidence.shape == (layers, 2 * 9 + 2 * 4)
+    assert seen.experts.shape == (layers, 26, 2)
+    assert seen.experts.dtype == torch.uint8
+    assert ((seen.confidence > 0) & (seen.confidence <= 1)).all()
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert recorder.take() is None  # outside the block nothing is watched
+
+
+def test_a_dense_model_has_no_routing() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    assert find_routers(model) == []
+    with RoutingRecorder(model) as recorder:
+        model(input_ids=torch.tensor([[1, 2]]))
+        assert recorder.take() is None
+
+
+def router_outputs(model: nn.Module, body: object) -> list[torch.dtype]:
+    dtypes: list[torch.dtype] = []
+    handles = [
+        r.module.register_forward_hook(lambda m, a, out: dtypes.append(out[0].dtype)) for r in find_routers(model)
+    ]
+    body()  # type: ignore[operator]
+    for handle in handles:
+        handle.remove()
+    return dtypes
+
+
+@pytest.mark.parametrize("family", ["step", "qwen"])
+def test_routers_stay_float32_under_autocast_and_after_conversion(family: str) -> None:
+    model = model_of(family)
+    ids = torch.randint(5, 45, (2, 9))
+    keep_router_fp32(model)
+    keep_router_fp32(model)  # harmless twice
+    exact = model(input_ids=ids).logits
+
+    def under_autocast() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids).logits
+        assert logits.dtype == torch.bfloat16
+        assert 0 < (logits - exact).norm() / exact.norm() < 0.1
+
+    assert set(router_outputs(model, under_autocast)) == {torch.float32}
+    model.bfloat16()
+    keep_router_fp32(model)
+    assert set(router_outputs(model, lambda: model(input_ids=ids))) == {torch.float32}
+
+
+def test_a_copy_of_a_model_routes_with_its_own_weights() -> None:
+    model = model_of("step")
+    keep_router_fp32(model)
+    other = copy.deepcopy(model)
+    ids = torch.randint(5, 45, (1, 5))
+    before = model(input_ids=ids).logits
+    for router in find_routers(other):
+        torch.nn.init.zeros_(router.module.weight)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not torch.equal(other(input_ids=ids).logits, before)
+
+
+def test_the_critic_has_a_backbone_of_its_own_and_reads_where_it_is_told() -> None:
+    policy = model_of("step")
+    critic = Critic.from_policy(policy, 0.1, seed=0).eval()
+    ids = torch.randint(5, 45, (3, 8))
+    rows, columns = torch.tensor([0, 2, 2]), torch.tensor([7, 0, 3])
+    with torch.no_grad():
+        values = critic(ids, rows, columns)
+        hidden = policy.model(input_ids=ids).last_hidden_state
+        expected = critic.value_head(hidden)[rows, columns, 0]
+    assert values.dtype == torch.float32
+    assert torch.allclose(values, expected, atol=1e-6)
+    shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in critic.parameters()}
+    assert not shared
+
+
+def test_the_critic_starts_near_0_and_its_head_stays_float32_under_autocast() -> None:
+    critic = Critic.from_policy(model_of("step"), 1e-5, seed=0)
+    place = torch.tensor([0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = critic(torch.tensor([[7, 8]]), place, place)
+    assert value.dtype == torch.float32
+    assert value.abs().max() < 1e-2
+    assert critic.value_head.bias.item() == 0.0
