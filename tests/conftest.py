@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and some machines wait long for it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
