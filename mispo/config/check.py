@@ -90,11 +90,11 @@ def _problems(config: MispoConfig) -> Iterator[str]:
             near = get_close_matches(value, choices, 1)
             yield f"{key}: {value!r} is none of {', '.join(choices)}{f'; did you mean {near[0]}?' if near else ''}"
     for key, least in AT_LEAST.items():
-        if not _number(config, key) >= least:
-            yield f"{key}: {value_of(config, key)} is less than {least:g}"
+        if not least <= _number(config, key) < math.inf:
+            yield f"{key}: {value_of(config, key)} is no number from {least:g} on"
     for key in POSITIVE:
-        if not _number(config, key) > 0:
-            yield f"{key}: {value_of(config, key)} is not positive"
+        if not 0 < _number(config, key) < math.inf:
+            yield f"{key}: {value_of(config, key)} is no positive number"
     for key in SHARES:
         if not 0 <= _number(config, key) <= 1:
             yield f"{key}: {value_of(config, key)} is not between 0 and 1"

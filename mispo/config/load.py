@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from mispo.config.check import check_config
 from mispo.config.schema import MispoConfig
@@ -42,8 +42,6 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Mis
         with initialize_config_module("recipes", version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
         config = OmegaConf.to_object(composed)
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key}: this recipe leaves it to you; give {error.full_key}=…") from error
     except MissingConfigException as error:
         raise ValueError(_missing_choice(error)) from error
     except OmegaConfBaseException as error:

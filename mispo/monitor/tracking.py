@@ -89,7 +89,10 @@ class Tracker:
         """Ends the W&B run (exit_code ≠ 0 marks it as failed). Safe to call twice."""
         self._file.close()
         if self._run is not None:
+            import wandb
+
             self._run.finish(exit_code=exit_code)
+            wandb.teardown(exit_code)  # an offline file is whole only when wandb's own process has ended
             self._run = None
 
 
