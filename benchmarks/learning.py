@@ -51,15 +51,13 @@ def main() -> None:
     with ThreadPoolExecutor(JOBS) as executor:
         list(executor.map(lambda job: run(*job), jobs))
     rows = [row_of(arm, seed, read_rows(directory / "metrics.jsonl")) for arm, seed, directory in jobs]
-    header = (
-        "arm", "seed", "greedy before", "greedy after", "sampled before", "sampled after",
-        "tokens before", "tokens after", "accepted trajectories, mean", "lowest", "forced careful", "constant guess", "met",
-    )  # fmt: skip
+    header = ("arm", "seed", "greedy", "sampled", "tokens", "accepted", "lowest", "forced careful", "guess", "met")
     body = (
-        "512 held-out problems. Greedy is one answer per problem, sampled the mean of four at temperature 1. "
-        "Accepted trajectories: share over all steps, and of the worst step. Forced careful: greedy accuracy before "
-        "RL if the first character of a careful trace is given. Met: greedy ≤ 0.45 before; after, ≥ 0.85 for "
-        "quickstart, ≤ 0.45 for permuted rewards.\n\n" + table(header, rows)
+        "512 held-out problems, before → after RL. Greedy: one answer per problem; sampled: one at temperature 1; "
+        "tokens: mean length of the sampled ones. Accepted, lowest: share of trajectories that the filter kept, mean "
+        "over all steps and in the worst one. Forced careful: greedy accuracy before RL if the first character of a "
+        "careful trace is given. Guess: the most frequent answer. Met: greedy ≤ 0.45 before; after, ≥ 0.85 for "
+        "quickstart and ≤ 0.45 for permuted rewards.\n\n" + table(header, rows)
     )
     sys.stdout.write(f"{write_results('learning', 'Learning on the quickstart', body, threads=1)}\n")
 
@@ -91,8 +89,8 @@ def row_of(arm: Arm, seed: int, rows: list[dict[str, Any]]) -> list[str]:
     return [
         arm.name,
         str(seed),
-        *(f"{row[key]:.3f}" for key in (greedy, sampled) for row in (first, last)),
-        *(f"{row['eval/response_length']:.0f}" for row in (first, last)),
+        *(f"{first[key]:.3f} → {last[key]:.3f}" for key in (greedy, sampled)),
+        f"{first['eval/response_length']:.0f} → {last['eval/response_length']:.0f}",
         f"{sum(accepted) / len(accepted):.3f}",
         f"{min(accepted):.3f}",
         f"{first['reference/forced_careful']:.3f}",

@@ -64,13 +64,14 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )
+        _check_context(policy, config)
         data = build_data(config.data, tokenizer)
         policy.to(ranks.device)
         if checkpoint is None and config.warm_start.steps:
             _warm_start(policy, tokenizer, data, config, ranks, say)
         critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
         if checkpoint:
-            critic.load_state_dict(load_file(checkpoint / "critic.safetensors"))
+            _load_critic(critic, checkpoint / "critic.safetensors")
         engine = _rollout_engine(policy, tokenizer, config, ranks)
         dtype = compute_dtype(config.trainer.dtype, ranks.device)
         actor_engine, critic_engine = build_engines(
@@ -153,6 +154,17 @@ def build_filter(config: FilterConfig) -> Select:
     )
 
 
+def _check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
+    """ValueError where the longest trajectory has more tokens than the model has positions."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise ValueError(
+            f"rollout.max_new_tokens: with data.max_prompt_tokens a trajectory may have {longest} tokens, but the "
+            f"model has {positions} positions; lower one of the two"
+        )
+
+
 def _warm_start(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -185,6 +197,14 @@ def _warm_start(
         cursor = torch.tensor(data.stream.cursor, device=ranks.device)
         dist.broadcast(cursor, src=0)
         data.stream.cursor = int(cursor)
+
+
+def _load_critic(critic: Critic, path: Path) -> None:
+    try:
+        critic.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"--resume: {path} belongs to another model than the actor beside it: {reason}") from error
 
 
 def _rollout_engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mispo", description="RL for Mixture-of-Experts reasoning models with MIS-PO.",
+        prog="mispo", description="RL for Mixture-of-Experts reasoning models with MIS-PO.", allow_abbrev=False,
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"mispo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
-        "train", help="train, continue, or print the plan",
+        "train", help="train, continue, or print the plan", allow_abbrev=False,
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe=NAME, groups and single keys")
@@ -132,16 +133,26 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
     except KeyboardInterrupt:
         if run:
             run.close(130)
+        elif not resume:
+            _remove_if_unused(directory)
         _say(_interrupted(run, directory))
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         if run:
             run.close(1)
         if isinstance(error, ValueError):
+            if run is None and not resume:
+                _remove_if_unused(directory)
             raise
         (directory / "error.txt").write_text(traceback.format_exc())
         _say(f"error: {error}\nThe full trace is in {directory / 'error.txt'}.")
         return 1
+
+
+def _remove_if_unused(directory: Path) -> None:
+    """A run that never began leaves no directory behind, unless there was something in it before."""
+    if int(os.environ.get("RANK", "0")) == 0 and {path.name for path in directory.iterdir()} == {"config.yaml"}:
+        shutil.rmtree(directory)
 
 
 def _finish(run: Run) -> None:
@@ -199,7 +210,7 @@ def _sweep(options: argparse.Namespace) -> int:
         command = [sys.executable, "-P", "-m", "mispo.cli", "train", *plain, f"run_dir={directory}"]
         if options.config_dir:
             command += ["--config-dir", str(options.config_dir)]
-        status = subprocess.run(command, check=False).returncode
+        status = _wait(subprocess.Popen(command))
         if status == 130:
             return 130
         if status:
@@ -207,6 +218,16 @@ def _sweep(options: argparse.Namespace) -> int:
     if failed:
         _say(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a run of a sweep; a signal to the sweep is a signal to its run."""
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the terminal has told the run as well: it says how far it came and ends
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -20,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mispo.config.check import check_config
 from mispo.config.schema import MispoConfig
 
+FIXED = ("model.", "warm_start.", "seed", "run_dir")
+"""Keys, or beginnings of keys, that a resumed run cannot change."""
+
 GROUPS = ("model", "data", "reward", "rollout", "algorithm", "trainer", "tracking")
 """Hydra groups of recipes/; `recipe` overlays all of them."""
 
@@ -60,6 +63,8 @@ def config_from_file(path: Path, overrides: Sequence[str]) -> MispoConfig:
     for override in parse_overrides(overrides):
         if override.key_or_group in (*GROUPS, "recipe"):
             raise ValueError(f"{override.key_or_group}: a resumed run keeps its recipes; override single keys")
+        if override.key_or_group.startswith(FIXED):
+            raise ValueError(f"{override.key_or_group}: was settled when the run began; leave it out, or start anew")
         _check_key(override)
     try:
         merged = OmegaConf.merge(
@@ -94,7 +99,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         return list(OverridesParser.create().parse_overrides(list(overrides)))
     except HydraException as error:
-        raise ValueError(f"overrides: {str(error).splitlines()[0]}; the form is key=value") from error
+        raise ValueError(
+            f"overrides: {str(error).splitlines()[0]}; the form is key=value, and a text with special characters "
+            "needs quotes of its own: 'data.prompt=\"{question}\"'"
+        ) from error
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:

@@ -108,10 +108,10 @@ def load_states(
     """Optimizers, counters, old weights and random states; the weights themselves were read when the models
     were built."""
     for engine, updates in ((actor, progress.actor_updates), (critic, progress.critic_updates)):
-        states = load_file(checkpoint / f"{engine.name}_optimizer.safetensors")
+        path = checkpoint / f"{engine.name}_optimizer.safetensors"
         engine.updates = updates
         if updates:
-            _load_moments(engine, states)
+            _load_moments(engine, load_file(path), path)
     snapshots: dict[int, dict[str, Tensor]] = {}
     expected: dict[int, list[tuple[int, Tensor]]] = {}
     for key, tensor in load_file(checkpoint / "history.safetensors").items():
@@ -149,7 +149,11 @@ def _moments(engine: TrainEngine) -> dict[str, Tensor]:
     return states
 
 
-def _load_moments(engine: TrainEngine, states: dict[str, Tensor]) -> None:
+def _load_moments(engine: TrainEngine, states: dict[str, Tensor], path: Path) -> None:
+    expected = {f"{name}.{moment}" for name, _ in engine.module.named_parameters() for moment in MOMENTS}
+    if expected != states.keys():
+        odd = sorted(expected ^ states.keys())
+        raise ValueError(f"--resume: {path} belongs to another model: {odd[0]} is in only one of them")
     if engine.engine.zero_optimization_stage() == 0:
         for name, parameter in engine.module.named_parameters():
             engine.engine.optimizer.state[parameter] = {

@@ -113,7 +113,7 @@ def test_a_saved_config_is_read_back_equal_and_can_be_changed(tmp_path: Path) ->
     assert longer.trainer.steps == 99
     with pytest.raises(ValueError, match="a resumed run keeps its recipes"):
         config_from_file(tmp_path / "config.yaml", ["recipe=smoke"])
-    with pytest.raises(ValueError, match="did you mean trainer.steps"):
+    with pytest.raises(ValueError, match=r"did you mean trainer\.steps"):
         config_from_file(tmp_path / "config.yaml", ["trainer.stepps=9"])
     with pytest.raises(ValueError, match="this is no run directory"):
         config_from_file(tmp_path / "gone.yaml", [])

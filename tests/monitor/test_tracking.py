@@ -45,7 +45,7 @@ def test_resuming_cuts_later_rows_and_keeps_the_others_byte_for_byte(tmp_path: P
 
 def test_a_new_run_never_writes_over_an_old_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(ValueError, match="run_dir: .* exists already"):
+    with pytest.raises(ValueError, match=r"run_dir: .* exists already"):
         tracker(tmp_path)
 
 
@@ -61,9 +61,14 @@ def test_a_torn_last_line_is_left_out_and_a_torn_earlier_one_is_named(tmp_path: 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

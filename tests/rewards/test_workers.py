@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from rewards.workers import MAX_DEATHS, RewardPool, RewardSpec
 
 
 @pytest.fixture(autouse=True)
-def _verifiers_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _verifiers_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    yield
 
 
 def item(completion: str, answer: str = "3", **row: Any) -> dict[str, Any]:
