@@ -28,7 +28,7 @@ from mispo.config.schema import MispoConfig
         (["trainer.actor_minibatches=257"], "trainer.actor_minibatches: 257 parts, but a step has only 256"),
         (["trainer.tokens_per_microbatch=100"], "trainer.tokens_per_microbatch: 100 is less than the longest"),
         (["data=jsonl", "data.path=d.jsonl", "data.task=null", "data.task_args=null"], "data.task_args"),
-        (["critic.warmup_steps=25"], "the actor would never move"),
+        (["critic.warmup_steps=16"], "the actor would never move"),
         (["data.split=test"], "data.split: a generated task has no splits"),
         (["model.preset=null", "model.path=x/y"], "warm_start.steps: a checkpoint (model.path) needs no warm start"),
         (["trainer.actor_lr=nan"], "trainer.actor_lr: nan is no number from 0 on"),
