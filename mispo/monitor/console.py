@@ -144,7 +144,9 @@ def summary(before: Row, after: Row, reference_values: Mapping[str, float]) -> T
 def summary_rows(before: Row, after: Row) -> list[tuple[str, str, str, str]]:
     """(label, before, after, change) as text; shared by the screen and the report."""
     rows = []
-    for key in [*eval_keys([before, after]), "response_length/mean"]:
+    measured = "eval/response_length"
+    length = measured if measured in before and measured in after else "response_length/mean"
+    for key in [*eval_keys([before, after]), length]:
         match = EVAL_KEY.fullmatch(key)
         label = f"{match['task']} {match['name']}" if match else "mean length, tokens"
         decimals = 3 if match else 1
