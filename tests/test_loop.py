@@ -121,6 +121,18 @@ def test_a_step_without_anything_accepted_moves_the_critic_only(tmp_path: Path) 
     assert rows[3]["critic/updates"] == 12.0
 
 
+def test_the_precision_of_a_gpu_on_cpu(tmp_path: Path) -> None:
+    """bf16 compute on both sides: engine and trainer differ a little, and the filter sees it."""
+    rows = train(tmp_path / "bf16", "trainer.steps=2", "trainer.dtype=bf16", "rollout.dtype=bf16")
+    for row in rows[1:]:
+        assert 1e-6 < row["mismatch/k3"] < 0.05
+        assert row["sync/max_abs"] < 0.3
+        assert row["mis/traj_accept"] < 1.0
+        assert row["critic/updates"] == 12.0
+    state = load_file(tmp_path / "bf16/checkpoints/step_2/actor/model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
 def test_two_ranks_run_the_same_first_step_as_one(straight: Path, tmp_path: Path) -> None:
     rows = train(tmp_path / "two", "trainer.steps=1", "trainer.zero_stage=2", ranks=2)
     one = rows_of(straight)[1]

@@ -66,6 +66,11 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
         run_script(tmp_path / "after.pt", 0, 1, "--nan", "yes", "--max-skipped", "2")
 
 
+def test_an_engine_that_does_not_take_the_weights_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"weight sync: engine and trainer differ by .* nats per token"):
+        run_script(tmp_path / "deaf.pt", 0, 1, "--deaf", "yes")
+
+
 @pytest.mark.parametrize(("saved", "loaded"), [((0, 1), (2, 2)), ((2, 2), (0, 1)), ((0, 1), (3, 1))])
 def test_a_checkpoint_continues_under_another_stage_and_number_of_ranks(
     tmp_path: Path, saved: tuple[int, int], loaded: tuple[int, int]
