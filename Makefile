@@ -10,10 +10,10 @@ quickstart: $(STAMP)  ## train the embedded default and say where its results ar
 	$(BIN)/mispo train recipe=quickstart
 
 test: $(STAMP)  ## all tests, the slow end-to-end ones last
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP)  ## without the end-to-end tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

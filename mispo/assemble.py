@@ -14,13 +14,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mispo.algorithm.filter import bounds_filter, keep_all
+from mispo.algorithm.controller import QuantileFilter
+from mispo.algorithm.filter import (
+    Filter,
+    FixedFilter,
+    bounds_filter,
+    keep_all,
+    metropolis,
+    random_reject,
+    token_only,
+)
 from mispo.config.schema import FilterConfig, MispoConfig
 from mispo.data import Data, build_data
 from mispo.evaluate import Evaluator
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.tracking import Tracker
-from mispo.run import Run, Select
+from mispo.run import Run
 from mispo.trainer.checkpoint import latest_checkpoint, load_progress, load_states
 from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule, compute_dtype
@@ -89,6 +98,9 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
             data.stream.cursor = progress.cursor
             sync.publish()
+        selector = build_filter(config.algorithm.filter)
+        if progress:
+            selector.restore(progress.filter_state)
         routers = find_routers(policy)
         tracker = None
         if ranks.first:
@@ -120,7 +132,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
                 seed=config.seed,
             ),
             sync=sync,
-            select=build_filter(config.algorithm.filter),
+            filter=selector,
             evaluator=Evaluator(
                 engine=engine,
                 pool=pool,
@@ -142,16 +154,20 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
         raise
 
 
-def build_filter(config: FilterConfig) -> Select:
+def build_filter(config: FilterConfig) -> Filter:
     """The filter that algorithm.filter names."""
-    if config.name == "none":
-        return keep_all
-    token, trajectory = config.token_bounds, config.trajectory_bounds
-    return partial(
-        bounds_filter,
-        token_bounds=(token[0], token[1]),
-        trajectory_bounds=(trajectory[0], trajectory[1]),
-    )
+    token = (config.token_bounds[0], config.token_bounds[1])
+    window = (config.trajectory_bounds[0], config.trajectory_bounds[1])
+    target = (config.target_acceptance[0], config.target_acceptance[1])
+    build: dict[str, Callable[[], Filter]] = {
+        "bounds": lambda: FixedFilter(partial(bounds_filter, token_bounds=token, trajectory_bounds=window)),
+        "quantile": lambda: QuantileFilter(token, target, config.target_steps),
+        "metropolis": lambda: FixedFilter(partial(metropolis, ratio=config.ratio)),
+        "random": lambda: FixedFilter(partial(random_reject, token_bounds=token, trajectory_bounds=window)),
+        "token_only": lambda: FixedFilter(partial(token_only, token_bounds=token)),
+        "none": lambda: FixedFilter(keep_all),
+    }
+    return build[config.name]()
 
 
 def _check_context(policy: PreTrainedModel, config: MispoConfig) -> None:

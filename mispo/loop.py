@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, terminal_values, whiten
-from mispo.algorithm.filter import Selection
+from mispo.algorithm.filter import Proposal, Selection
 from mispo.algorithm.segments import owner_of
 from mispo.run import Run
 from mispo.step_metrics import step_metrics
@@ -65,14 +65,13 @@ def train_step(run: Run, step: int) -> None:
             batch = pack_step(run, trajectories)
             policy, values = score(run, batch)
         advantages_N, targets_N, included_N = judge(run, batch, values)
-        selection = run.select(policy.logprobs_N, batch.rollout_logprobs_N, batch.offsets_B1)
+        selection = select(run, batch, policy, step)
         with timer("critic"):
             critic_updates = update_values(run, batch, targets_N, included_N, step)
         with timer("actor"):
             actor_updates = update_policy(run, batch, advantages_N, selection, included_N, step)
         with timer("sync"):
             synced = run.sync.publish()
-    low, high = run.config.algorithm.filter.trajectory_bounds
     metrics = step_metrics(
         run.ranks,
         batch,
@@ -83,7 +82,6 @@ def train_step(run: Run, step: int) -> None:
         selection,
         actor_updates,
         critic_updates,
-        trajectory_bounds=(low, high),
         num_experts=run.num_experts,
     )
     metrics |= synced | {"rollout/staleness": float(staleness)} | timer.seconds
@@ -138,6 +136,20 @@ def judge(run: Run, batch: Batch, values: Values) -> tuple[Tensor, Tensor, Tenso
     return advantages_N, targets_N, included_N
 
 
+def select(run: Run, batch: Batch, policy: PolicyScores, step: int) -> Selection:
+    """What the filter keeps, decided once for all updates of the step."""
+    proposal = Proposal(
+        old_logprobs_N=policy.logprobs_N,
+        rollout_logprobs_N=batch.rollout_logprobs_N,
+        offsets_B1=batch.offsets_B1,
+        position_B=batch.position_B,
+        group_B=batch.position_B // run.config.rollout.samples_per_prompt,
+        seed=run.step_seed("filter", step),
+        everyone=lambda x_B: run.ranks.gather(x_B, batch.position_B, batch.total),
+    )
+    return run.filter(proposal)
+
+
 def update_values(run: Run, batch: Batch, targets_N: Tensor, included_N: Tensor, step: int) -> list[Update]:
     """The critic learns from every generated token, whatever the filter thinks of it."""
     if not run.config.critic.train_on_truncated:
@@ -184,6 +196,7 @@ def checkpoint(run: Run, step: int) -> None:
             actor_updates=run.actor.updates,
             critic_updates=run.critic.updates,
             wandb_id=run.wandb_id,
+            filter_state=run.filter.state(),
         ),
         actor=run.actor,
         critic=run.critic,

@@ -6,7 +6,7 @@ import json
 import random
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mispo.algorithm.filter import Selection
+from mispo.algorithm.filter import Filter, Selection
 from mispo.algorithm.segments import segment_mean
 from mispo.config.schema import MispoConfig
 from mispo.data import Data
@@ -31,8 +31,8 @@ from rewards.workers import RewardPool
 from rollouts.trajectory import Trajectory
 from rollouts.worker import RolloutWorker, request_seed
 
-Select = Callable[[Tensor, Tensor, Tensor], Selection]
-"""(old log-probs [N], rollout log-probs [N], offsets [B+1]) → what the filter keeps."""
+RANDOM_CHOICES = ("actor", "critic", "filter")
+"""What a step decides by chance, apart from sampling."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Run:
     pool: RewardPool
     worker: RolloutWorker
     sync: WeightSync
-    select: Select
+    filter: Filter
     evaluator: Evaluator
     tracker: Tracker | None
     printer: StepPrinter | None
@@ -64,7 +64,7 @@ class Run:
 
     def step_seed(self, name: str, step: int) -> int:
         """Seed of one random choice of one step."""
-        return request_seed(self.config.seed, step, 0 if name == "actor" else 1)
+        return request_seed(self.config.seed, step, RANDOM_CHOICES.index(name))
 
     def permute(self, trajectories: list[Trajectory], step: int) -> list[Trajectory]:
         """The control experiment of `reward.permute`; else the trajectories as they are."""

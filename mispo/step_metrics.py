@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,12 +35,11 @@ def step_metrics(
     actor_updates: Sequence[Update | None],
     critic_updates: Sequence[Update],
     *,
-    trajectory_bounds: tuple[float, float],
     num_experts: int,
 ) -> dict[str, float]:
     """Everything except times. Collective: every rank calls it with its share, all get the same row.
 
-    trajectory_bounds: tell low from high rejections. num_experts: of a MoE layer, 0 for a dense model.
+    num_experts: of a MoE layer, 0 for a dense model.
     """
 
     def everyone(x_B: Tensor) -> Tensor:
@@ -47,7 +47,9 @@ def step_metrics(
 
     sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
     sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
-    everything = Selection(selection.keep_N, everyone(selection.multiplicity_B), everyone(selection.log_rho_B))
+    everything = replace(
+        selection, multiplicity_B=everyone(selection.multiplicity_B), log_rho_B=everyone(selection.log_rho_B)
+    )
     lengths_B = everyone(torch.tensor([float(len(t)) for t in trajectories]))
     rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
     failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in trajectories]))
@@ -63,7 +65,7 @@ def step_metrics(
         "trunc/rate": truncated_B.float().mean().item(),
         "actor/entropy": (entropy_B.sum() / tokens).item(),
         **mismatch_metrics(sums),
-        **acceptance_metrics(everything, lengths_B, rewards_B, trajectory_bounds),
+        **acceptance_metrics(everything, lengths_B, rewards_B),
         **_routing(ranks, trajectories, policy, num_experts),
         **_critic(ranks, values, targets_N),
     }

@@ -121,6 +121,29 @@ def test_a_step_without_anything_accepted_moves_the_critic_only(tmp_path: Path) 
     assert rows[3]["critic/updates"] == 12.0
 
 
+@pytest.mark.parametrize("name", ["mispo_quantile", "mispo_metropolis", "token_only", "random_reject", "no_filter"])
+def test_every_filter_trains(tmp_path: Path, name: str) -> None:
+    options = (f"algorithm={name}", "rollout.staleness=4", "trainer.actor_lr=1e-4", "checkpoint.every=2")
+    whole = train(tmp_path / "whole", *options, "trainer.steps=3")
+    accepted = whole[3]["mis/traj_accept"]
+    rows = columns_of(tmp_path / "whole", 3)
+    counts = [row["multiplicity"] for row in rows]
+    assert accepted == sum(count > 0 for count in counts) / len(counts)
+    if name in ("token_only", "no_filter"):
+        assert counts == [1] * 32
+    elif name == "mispo_metropolis":
+        assert max(counts) > 1
+        assert sum(counts) == 32
+    else:
+        assert 0 < accepted < 1
+        assert set(counts) == {0, 1}
+    if name == "mispo_quantile":
+        widths = [row["mis/window_high"] for row in whole[1:]]
+        train(tmp_path / "parts", *options, "trainer.steps=2")
+        parts = train(tmp_path / "parts", "trainer.steps=3", resume=True)
+        assert [row["mis/window_high"] for row in parts[1:]] == widths
+
+
 def test_the_precision_of_a_gpu_on_cpu(tmp_path: Path) -> None:
     """bf16 compute on both sides: engine and trainer differ a little, and the filter sees it."""
     rows = train(tmp_path / "bf16", "trainer.steps=2", "trainer.dtype=bf16", "rollout.dtype=bf16")

@@ -58,26 +58,26 @@ def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
     }
 
 
-def acceptance_metrics(
-    selection: Selection, lengths_B: Tensor, rewards_B: Tensor, trajectory_bounds: tuple[float, float]
-) -> dict[str, float]:
-    """Acceptance of trajectories: overall, rejections low and high apart, by reward sign and by length.
+def acceptance_metrics(selection: Selection, lengths_B: Tensor, rewards_B: Tensor) -> dict[str, float]:
+    """Acceptance of trajectories: overall, by reward sign and by length; under a window also below and above it.
 
     Reward sign: above or not above the mean of the step. Buckets without a trajectory are left out.
     """
     accepted = (selection.multiplicity_B > 0).double()
     log_rho = selection.log_rho_B
-    low, high = (math.log(bound) for bound in trajectory_bounds)
     better = rewards_B > rewards_B.mean()
     quantiles = torch.quantile(log_rho.nan_to_num(), torch.tensor([0.05, 0.95]).to(log_rho)).exp()
     metrics = {
         "mis/traj_accept": accepted.mean().item(),
-        "mis/traj_reject_low": (log_rho < low).double().mean().item(),
-        "mis/traj_reject_high": (log_rho > high).double().mean().item(),
         "mis/log_rho_mean": log_rho.mean().item(),
         "mis/rho_p05": quantiles[0].item(),
         "mis/rho_p95": quantiles[1].item(),
     }
+    if selection.window is not None:
+        low, high = (math.log(bound) for bound in selection.window)
+        metrics["mis/traj_reject_low"] = (log_rho < low).double().mean().item()
+        metrics["mis/traj_reject_high"] = (log_rho > high).double().mean().item()
+        metrics["mis/window_high"] = selection.window[1]
     for name, chosen in (("pos", better), ("neg", ~better)):
         if chosen.any():
             metrics[f"mis/accept_{name}"] = accepted[chosen].mean().item()

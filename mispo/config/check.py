@@ -12,7 +12,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("sdpa", "eager"),
     "rollout.dtype": ("auto", "fp32", "bf16"),
     "trainer.dtype": ("auto", "fp32", "bf16"),
-    "algorithm.filter.name": ("bounds", "none"),
+    "algorithm.filter.name": ("bounds", "quantile", "metropolis", "random", "token_only", "none"),
+    "algorithm.filter.ratio": ("trajectory", "mean"),
     "algorithm.whiten": ("batch", "none"),
     "algorithm.truncation": ("bootstrap", "zero", "mask"),
     "algorithm.loss_norm": ("tokens", "accepted"),
@@ -31,6 +32,7 @@ AT_LEAST: dict[str, float] = {
     "rollout.max_new_tokens": 1,
     "rollout.slots": 1,
     "rollout.staleness": 0,
+    "algorithm.filter.target_steps": 0,
     "critic.warmup_steps": 0,
     "critic.head_init_std": 0,
     "trainer.steps": 0,
@@ -104,6 +106,9 @@ def _problems(config: MispoConfig) -> Iterator[str]:
         yield f"trainer.zero_stage: {config.trainer.zero_stage} is none of 0, 1, 2, 3"
     for name in ("token_bounds", "trajectory_bounds"):
         yield from _bounds(f"algorithm.filter.{name}", getattr(config.algorithm.filter, name))
+    target = config.algorithm.filter.target_acceptance
+    if len(target) != 2 or not all(0 <= share <= 1 for share in target):
+        yield f"algorithm.filter.target_acceptance: give two shares [first, last] in [0, 1], not {list(target)}"
     yield from _sources(config)
     yield from _contradictions(config)
 

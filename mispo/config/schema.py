@@ -108,11 +108,20 @@ class FilterConfig:
     """Metropolis independence filter: which tokens and trajectories are kept."""
 
     name: str = "bounds"
-    """bounds: the report's two tests; none: keep everything (ablation)."""
+    """bounds: the report's two tests; quantile: token test, and a window that aims at an acceptance; metropolis: the
+    textbook chain over a prompt's samples, which counts some several times; random: as many as bounds, chosen at
+    random (control); token_only; none (ablations)."""
     token_bounds: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Kept tokens have lo ≤ π_old/π_rollout ≤ hi (report: [0.5, 2])."""
     trajectory_bounds: list[float] = field(default_factory=lambda: [0.996, 1.001])
     """Kept trajectories have lo ≤ geometric mean of the token ratios ≤ hi (report: [0.996, 1.001])."""
+    target_acceptance: list[float] = field(default_factory=lambda: [0.4, 0.2])
+    """quantile: wanted share of accepted trajectories at the first step and after `target_steps`, in [0, 1]. Ours."""
+    target_steps: int = 50
+    """quantile: steps over which the target moves. Ours."""
+    ratio: str = "trajectory"
+    """metropolis: trajectory: product of the token ratios, for which the chain is exact; mean: their geometric mean,
+    a heuristic that accepts long traces more easily. Ours."""
 
 
 @dataclass

@@ -42,6 +42,7 @@ class Progress:
     actor_updates: int
     critic_updates: int
     wandb_id: str | None
+    filter_state: dict[str, float]
 
 
 def save_checkpoint(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mispo.algorithm.filter import Proposal
 from mispo.algorithm.segments import offsets_of
 
 
@@ -34,6 +35,12 @@ class Ragged:
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + sum(map(ord, name)))
+
+
+def proposal(old_N: Tensor, rollout_N: Tensor, offsets_B1: Tensor, *, samples: int = 1, seed: int = 0) -> Proposal:
+    """One rank's proposal with `samples` trajectories per prompt."""
+    position_B = torch.arange(len(offsets_B1) - 1)
+    return Proposal(old_N, rollout_N, offsets_B1, position_B, position_B // samples, seed, lambda x_B: x_B)
 
 
 ragged = st.builds(Ragged, st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 2**31))

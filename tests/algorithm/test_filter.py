@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, ragged
+from ragged import Ragged, proposal, ragged
 from torch import Tensor
 
-from mispo.algorithm.filter import bounds_filter, keep_all
+from mispo.algorithm.filter import Proposal, bounds_filter, keep_all, random_reject, token_only
 from mispo.algorithm.segments import offsets_of
 from mispo.config.schema import FilterConfig
 
@@ -37,7 +37,7 @@ def oracle(
 def test_filter_is_the_two_indicator_functions(batch: Ragged, scale: float) -> None:
     old = batch.tokens("old") - 3
     rollout = old + batch.tokens("shift", scale)
-    chosen = bounds_filter(old, rollout, batch.offsets, TOKEN, TRAJECTORY)
+    chosen = bounds_filter(proposal(old, rollout, batch.offsets), TOKEN, TRAJECTORY)
     keep, accepted, log_rho = oracle(batch.split(old), batch.split(rollout), TOKEN, TRAJECTORY)
     assert chosen.keep_N.tolist() == keep
     assert chosen.multiplicity_B.tolist() == accepted
@@ -51,13 +51,9 @@ def spread(per_trajectory: list[int], lengths: list[int]) -> list[int]:
 
 
 def select(log_x: list[float], lengths: list[int]) -> tuple[list[bool], list[int]]:
-    chosen = bounds_filter(
-        torch.tensor(log_x, dtype=torch.float64),
-        torch.zeros(len(log_x), dtype=torch.float64),
-        offsets_of(torch.tensor(lengths)),
-        TOKEN,
-        TRAJECTORY,
-    )
+    log_x_N = torch.tensor(log_x, dtype=torch.float64)
+    proposed = proposal(log_x_N, torch.zeros_like(log_x_N), offsets_of(torch.tensor(lengths)))
+    chosen = bounds_filter(proposed, TOKEN, TRAJECTORY)
     return chosen.keep_N.tolist(), chosen.multiplicity_B.tolist()
 
 
@@ -95,7 +91,7 @@ def test_ratios_that_are_no_numbers_are_rejected_and_infect_nothing() -> None:
 
 def test_a_token_impossible_under_both_policies_is_rejected() -> None:
     infinite = torch.tensor([-math.inf, -1.0])
-    chosen = bounds_filter(infinite, infinite.clone(), torch.tensor([0, 1, 2]), TOKEN, TRAJECTORY)
+    chosen = bounds_filter(proposal(infinite, infinite.clone(), torch.tensor([0, 1, 2])), TOKEN, TRAJECTORY)
     assert chosen.multiplicity_B.tolist() == [0, 1]
     assert chosen.weights(torch.tensor([0, 1, 2])).tolist() == [0.0, 1.0]
 
@@ -103,13 +99,14 @@ def test_a_token_impossible_under_both_policies_is_rejected() -> None:
 def test_empty_trajectories_and_batches() -> None:
     assert select([0.0], [0, 1, 0]) == ([True], [1, 1, 1])
     empty = torch.empty(0)
-    assert len(bounds_filter(empty, empty, torch.zeros(1, dtype=torch.int64), TOKEN, TRAJECTORY).multiplicity_B) == 0
+    nothing = proposal(empty, empty, torch.zeros(1, dtype=torch.int64))
+    assert len(bounds_filter(nothing, TOKEN, TRAJECTORY).multiplicity_B) == 0
 
 
 @given(batch=ragged)
 def test_no_filter_keeps_everything(batch: Ragged) -> None:
     old: Tensor = batch.tokens("old")
-    chosen = keep_all(old, batch.tokens("rollout", 5.0), batch.offsets)
+    chosen = keep_all(proposal(old, batch.tokens("rollout", 5.0), batch.offsets))
     assert chosen.weights(batch.offsets).tolist() == [1.0] * sum(batch.lengths)
 
 
@@ -120,9 +117,59 @@ def test_the_acceptance_of_gaussian_log_ratios_falls_with_the_length_as_its_clos
     for length in (1, 16, 256):
         log_x = torch.randn(count * length, generator=generator, dtype=torch.float64) * sigma
         offsets = offsets_of(torch.full((count,), length))
-        accepted = bounds_filter(log_x, torch.zeros_like(log_x), offsets, TOKEN, TRAJECTORY).multiplicity_B
+        accepted = bounds_filter(proposal(log_x, torch.zeros_like(log_x), offsets), TOKEN, TRAJECTORY).multiplicity_B
         spread_of_mean = sigma / length**0.5
         low, high = (math.log(bound) / spread_of_mean / 2**0.5 for bound in TRAJECTORY)
         expected = (math.erf(high) - math.erf(low)) / 2
         error = (expected * (1 - expected) / count) ** 0.5
         assert abs(accepted.double().mean().item() - expected) < 4 * error
+
+
+@given(batch=ragged, seed=st.integers(0, 1000))
+def test_random_reject_accepts_as_many_as_the_window_whatever_they_are(batch: Ragged, seed: int) -> None:
+    old = batch.tokens("old")
+    proposed = proposal(old, old + batch.tokens("shift", 0.004), batch.offsets, seed=seed)
+    window = bounds_filter(proposed, TOKEN, TRAJECTORY)
+    chosen = random_reject(proposed, TOKEN, TRAJECTORY)
+    assert chosen.multiplicity_B.sum() == window.multiplicity_B.sum()
+    assert torch.equal(chosen.keep_N, window.keep_N)
+    assert torch.equal(chosen.multiplicity_B, random_reject(proposed, TOKEN, TRAJECTORY).multiplicity_B)
+
+
+def test_random_reject_does_not_look_at_the_ratios() -> None:
+    """Half of the trajectories lie in the window; the others are chosen as often."""
+    log_x = torch.cat([torch.zeros(50), torch.full((50,), 0.1)])
+    counts = torch.zeros(100)
+    for seed in range(200):
+        counts += random_reject(
+            proposal(log_x, torch.zeros(100), torch.arange(101), seed=seed), TOKEN, TRAJECTORY
+        ).multiplicity_B
+    assert counts.sum() == 200 * 50
+    assert abs(counts[:50].mean() - counts[50:].mean()) < 4
+
+
+def test_two_ranks_choose_at_random_what_one_would() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_x = torch.randn(12, generator=generator, dtype=torch.float64) * 0.003
+    whole = random_reject(proposal(log_x, torch.zeros(12), torch.arange(13), seed=5), TOKEN, TRAJECTORY)
+    parts = []
+    for share in (slice(0, 4), slice(4, 12)):
+        count = share.stop - share.start
+        mine = Proposal(
+            log_x[share],
+            torch.zeros(count),
+            torch.arange(count + 1),
+            torch.arange(share.start, share.stop),
+            torch.arange(share.start, share.stop),
+            5,
+            lambda x_B: log_x,  # what a gather over both ranks returns
+        )
+        parts.append(random_reject(mine, TOKEN, TRAJECTORY).multiplicity_B)
+    assert torch.equal(torch.cat(parts), whole.multiplicity_B)
+
+
+def test_token_only_keeps_every_trajectory() -> None:
+    log_x = torch.tensor([0.5, 1.0, -1.0])
+    chosen = token_only(proposal(log_x, torch.zeros(3), torch.tensor([0, 2, 3])), TOKEN)
+    assert chosen.keep_N.tolist() == [True, False, False]
+    assert chosen.multiplicity_B.tolist() == [1, 1]

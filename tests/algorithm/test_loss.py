@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, ragged
+from ragged import Ragged, proposal, ragged
 
 from mispo.algorithm.filter import bounds_filter
 from mispo.algorithm.loss import critic_loss, mispo_loss
@@ -16,7 +16,7 @@ def test_the_loss_is_a_sum_over_kept_tokens_of_accepted_trajectories(batch: Ragg
     logprobs = (batch.tokens("logprobs") - 2).requires_grad_()
     advantages = batch.tokens("advantages")
     rollout = logprobs.detach() + batch.tokens("shift", 0.01)
-    chosen = bounds_filter(logprobs.detach(), rollout, batch.offsets, (0.99, 1.01), (0.996, 1.001))
+    chosen = bounds_filter(proposal(logprobs.detach(), rollout, batch.offsets), (0.99, 1.01), (0.996, 1.001))
     tokens = max(sum(batch.lengths), 1)
 
     expected, gradient = 0.0, []

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ragged import proposal
 
 import mispo.algorithm
-from mispo.algorithm.filter import bounds_filter
+from mispo.algorithm.filter import bounds_filter, keep_all
 from mispo.algorithm.metrics import acceptance_metrics, mismatch_metrics, mismatch_sums
 
 BOUNDS = (0.996, 1.001)
@@ -18,8 +19,8 @@ def test_acceptance_is_split_by_side_reward_and_length() -> None:
     log_x = torch.cat([torch.full((20,), -0.1), torch.full((20,), 0.1), torch.zeros(4), torch.zeros(100)])
     lengths = torch.tensor([20, 20, 4, 100])
     offsets = torch.tensor([0, 20, 40, 44, 144])
-    chosen = bounds_filter(log_x, torch.zeros(144), offsets, (0.5, 2.0), BOUNDS)
-    metrics = acceptance_metrics(chosen, lengths, torch.tensor([1.0, 0.0, 0.0, 1.0]), BOUNDS)
+    chosen = bounds_filter(proposal(log_x, torch.zeros(144), offsets), (0.5, 2.0), BOUNDS)
+    metrics = acceptance_metrics(chosen, lengths, torch.tensor([1.0, 0.0, 0.0, 1.0]))
     assert metrics["mis/traj_accept"] == 0.5
     assert metrics["mis/traj_reject_low"] == 0.25
     assert metrics["mis/traj_reject_high"] == 0.25
@@ -34,9 +35,17 @@ def test_acceptance_is_split_by_side_reward_and_length() -> None:
     assert metrics["mis/rho_p05"] < 1 < metrics["mis/rho_p95"]
 
 
+def test_without_a_window_there_is_no_low_and_no_high() -> None:
+    metrics = acceptance_metrics(
+        keep_all(proposal(torch.ones(2), torch.zeros(2), torch.tensor([0, 1, 2]))), torch.ones(2), torch.ones(2)
+    )
+    assert metrics["mis/traj_accept"] == 1.0
+    assert not {"mis/traj_reject_low", "mis/traj_reject_high", "mis/window_high"} & set(metrics)
+
+
 def test_equal_rewards_leave_out_the_better_ones() -> None:
-    chosen = bounds_filter(torch.zeros(2), torch.zeros(2), torch.tensor([0, 1, 2]), (0.5, 2.0), BOUNDS)
-    metrics = acceptance_metrics(chosen, torch.ones(2), torch.ones(2), BOUNDS)
+    chosen = bounds_filter(proposal(torch.zeros(2), torch.zeros(2), torch.tensor([0, 1, 2])), (0.5, 2.0), BOUNDS)
+    metrics = acceptance_metrics(chosen, torch.ones(2), torch.ones(2))
     assert "mis/accept_pos" not in metrics
     assert metrics["mis/accept_neg"] == 1.0
 
@@ -74,4 +83,6 @@ def test_the_algorithm_knows_tensors_only() -> None:
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         outside = {name for name in names if not name.startswith("mispo.algorithm")}
-        assert outside <= {"__future__", "torch", "math", "dataclasses", "collections.abc"}, path.name
+        assert outside <= {"__future__", "torch", "math", "dataclasses", "collections.abc", "functools", "typing"}, (
+            path.name
+        )
