@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mispo.algorithm.filter import Selection
-from mispo.algorithm.segments import lengths_of, owner_of, segment_sum
+from mispo.algorithm.segments import lengths_of, owner_of, segment_logsumexp, segment_sum
 
 LENGTH_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)
 """Lower edges of the length buckets in mis/accept_len/*, in generated tokens."""
@@ -20,10 +20,15 @@ LENGTH_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)
 
 @dataclass(frozen=True)
 class MismatchSums:
-    """Per trajectory [B] float64: sums over its tokens, so that ranks can be put together."""
+    """Per trajectory [B] float64: sums over its tokens, so that ranks can be put together.
+
+    log_x1_B and log_x2_B: log of Σ x and of Σ x², since the sums themselves may overflow.
+    """
 
     k1_B: Tensor
     k3_B: Tensor
+    log_x1_B: Tensor
+    log_x2_B: Tensor
     max_abs_B: Tensor
     kept_B: Tensor
     lengths_B: Tensor
@@ -40,6 +45,8 @@ def mismatch_sums(
     return MismatchSums(
         k1_B=segment_sum(-log_x_N, offsets_B1),
         k3_B=segment_sum(log_x_N.exp() - 1 - log_x_N, offsets_B1),
+        log_x1_B=segment_logsumexp(log_x_N, offsets_B1),
+        log_x2_B=segment_logsumexp(2 * log_x_N, offsets_B1),
         max_abs_B=max_abs_B,
         kept_B=segment_sum(keep_N, offsets_B1),
         lengths_B=lengths_B.double(),
@@ -47,12 +54,19 @@ def mismatch_sums(
 
 
 def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
-    """Estimates of KL(π_rollout ‖ π_old) per token in nats: k1 = −log x (unbiased), k3 = x − 1 − log x (≥ 0);
-    the largest |log x|; and the share of tokens that pass the token test."""
+    """How far rollout and trainer are apart, over tokens.
+
+    KL(π_rollout ‖ π_old) in nats, by k1 = −log x (unbiased) and k3 = x − 1 − log x (≥ 0); χ²(π_old ‖ π_rollout) =
+    mean x² − 1; the share ess = (Σx)²/(N·Σx²) of the samples that importance weighting would leave effective; the
+    largest |log x|; and the share of tokens that pass the token test.
+    """
     tokens = sums.lengths_B.sum().clamp_min(1)
+    log_x1, log_x2 = sums.log_x1_B.logsumexp(0), sums.log_x2_B.logsumexp(0)
     return {
         "mismatch/k1": (sums.k1_B.sum() / tokens).item(),
         "mismatch/k3": (sums.k3_B.sum() / tokens).item(),
+        "mismatch/chi2": ((log_x2 - tokens.log()).exp() - 1).item(),
+        "mismatch/ess": (2 * log_x1 - log_x2 - tokens.log()).exp().item(),
         "mismatch/max_abs": sums.max_abs_B.max().item(),
         "mis/token_accept": (sums.kept_B.sum() / tokens).item(),
     }

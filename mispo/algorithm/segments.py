@@ -36,3 +36,12 @@ def segment_sum(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
 def segment_mean(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
     """Mean over each trajectory's tokens, [B] float64; 0 for an empty trajectory."""
     return segment_sum(x_N, offsets_B1) / lengths_of(offsets_B1).clamp_min(1)
+
+
+def segment_logsumexp(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
+    """log Σ exp(x) over each trajectory's tokens, [B] float64; −∞ for an empty trajectory."""
+    owner_N = owner_of(offsets_B1)
+    highest_B = torch.full((len(offsets_B1) - 1,), -torch.inf, dtype=torch.float64, device=x_N.device)
+    highest_B.scatter_reduce_(0, owner_N, x_N.double(), "amax")
+    shift_B = highest_B.nan_to_num(0.0, 0.0, 0.0)
+    return segment_sum((x_N.double() - shift_B[owner_N]).exp(), offsets_B1).log() + shift_B

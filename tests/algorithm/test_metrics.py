@@ -61,9 +61,21 @@ def test_mismatch_follows_its_formulas() -> None:
     metrics = mismatch_metrics(sums)
     assert metrics["mismatch/k1"] == pytest.approx(sum(-x for x in log_x) / 3)
     assert metrics["mismatch/k3"] == pytest.approx(sum(math.exp(x) - 1 - x for x in log_x) / 3)
+    x = [math.exp(value) for value in log_x]
+    assert metrics["mismatch/chi2"] == pytest.approx(sum(v * v for v in x) / 3 - 1)
+    assert metrics["mismatch/ess"] == pytest.approx(sum(x) ** 2 / (3 * sum(v * v for v in x)))
     assert metrics["mismatch/max_abs"] == pytest.approx(0.2)
     assert metrics["mis/token_accept"] == pytest.approx(2 / 3)
     assert sums.max_abs_B.tolist() == pytest.approx([0.2, 0.0])
+
+
+def test_the_effective_sample_size_survives_ratios_that_overflow() -> None:
+    """One token outweighs all others: of four samples one is left."""
+    sums = mismatch_sums(torch.tensor([0.0, 900, 0, 0]), torch.zeros(4), torch.ones(4), torch.tensor([0, 2, 2, 4]))
+    assert mismatch_metrics(sums)["mismatch/ess"] == pytest.approx(0.25)
+    agreed = mismatch_sums(torch.zeros(4), torch.zeros(4), torch.ones(4), torch.tensor([0, 2, 2, 4]))
+    assert mismatch_metrics(agreed)["mismatch/ess"] == pytest.approx(1.0)
+    assert mismatch_metrics(agreed)["mismatch/chi2"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_k1_and_k3_estimate_the_divergence_of_rollout_from_trainer() -> None:
