@@ -14,11 +14,21 @@ from runs import MICRO, mispo, rows_of
 DEADLINE_S = 240.0
 
 
+def heed_interrupts() -> None:
+    """A background job of a shell ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
     """A run in a process group of its own, as a terminal would start it."""
     command = [sys.executable, "-P", "-m", "mispo.cli", "train", *MICRO, f"run_dir={run}", *overrides]
     return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -83,6 +93,7 @@ def test_ctrl_c_in_a_sweep_ends_the_whole_sweep(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, "trainer.steps=500"],
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
