@@ -156,6 +156,8 @@ class Run:
         self.pool.close()
         if self.tracker:
             self.tracker.close(exit_code)
+        if exit_code == 0:
+            self.ranks.leave()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.tracker:

@@ -71,6 +71,12 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """End the process group of a run that went well; left to the interpreter's exit, gloo may abort there."""
+        self.barrier()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def prepare_environment() -> None:
     """Fill in what launchers set, so that one process alone starts the same way."""

@@ -140,6 +140,7 @@ def main() -> None:
         )
     if ranks.first:
         torch.save(result, out)
+    ranks.leave()
 
 
 main()
