@@ -101,7 +101,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
         selector = build_filter(config.algorithm.filter)
         if progress:
             selector.restore(progress.filter_state)
-        routers = find_routers(policy)
+        routers = find_routers(engine.model)  # under ZeRO-3 the trainer's own weights have no shape
         tracker = None
         if ranks.first:
             tracker = Tracker(

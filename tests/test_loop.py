@@ -156,8 +156,9 @@ def test_the_precision_of_a_gpu_on_cpu(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_two_ranks_run_the_same_first_step_as_one(straight: Path, tmp_path: Path) -> None:
-    rows = train(tmp_path / "two", "trainer.steps=1", "trainer.zero_stage=2", ranks=2)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_run_the_same_first_step_as_one(straight: Path, tmp_path: Path, stage: int) -> None:
+    rows = train(tmp_path / "two", "trainer.steps=1", f"trainer.zero_stage={stage}", ranks=2)
     one = rows_of(straight)[1]
     for key in ("reward/mean", "response_length/mean", "actor/updates", "critic/updates", "moe/dead_experts"):
         assert rows[1][key] == one[key], key
