@@ -88,7 +88,7 @@ def train_step(run: Run, step: int) -> None:
     metrics |= run.throughput(batch, timer.seconds["timing_s/step"])
     run.save_rollouts(step, trajectories, batch, advantages_N, targets_N, values.bootstrap_B, selection)
     run.report_step(step, metrics)
-    if run.checkpoint_due(step):
+    if run.due(run.config.checkpoint.every, step):
         checkpoint(run, step)
 
 

@@ -74,13 +74,9 @@ class Run:
         random.Random(self.config.seed * 1_000_003 + step).shuffle(rewards)
         return [replace(t, reward=reward) for t, reward in zip(trajectories, rewards, strict=True)]
 
-    def evaluation_due(self, step: int) -> bool:
-        every, last = self.config.eval.every, self.config.trainer.steps
-        return step == last or (every > 0 and step % every == 0)
-
-    def checkpoint_due(self, step: int) -> bool:
-        every, last = self.config.checkpoint.every, self.config.trainer.steps
-        return step == last or (every > 0 and step % every == 0)
+    def due(self, every: int, step: int) -> bool:
+        """Whether something of every so many steps (0 = only the last one) is due."""
+        return step == self.config.trainer.steps or (every > 0 and step % every == 0)
 
     def report_baseline(self) -> None:
         """Row 0: the state before RL, with reference values, traces and notes."""
@@ -102,7 +98,7 @@ class Run:
         self.step = step
         if self.printer:
             self.printer.step(step, metrics)
-        if self.evaluation_due(step):
+        if self.due(self.config.eval.every, step):
             start = time.perf_counter()
             measured, traces = self.evaluator.run()
             metrics |= measured | {"timing_s/eval": time.perf_counter() - start}

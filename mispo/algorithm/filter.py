@@ -159,8 +159,7 @@ def metropolis(proposal: Proposal, ratio: str) -> Selection:
                 current = candidate
             if current is not None:
                 multiplicity_B[current] += 1
-    ones_N = torch.ones_like(proposal.log_x_N, dtype=torch.bool)
-    return Selection(ones_N & proposal.log_x_N.isfinite(), multiplicity_B, proposal.log_rho_B)
+    return Selection(proposal.log_x_N.isfinite(), multiplicity_B, proposal.log_rho_B)
 
 
 def within(log_ratio: Tensor, bounds: Bounds) -> Tensor:

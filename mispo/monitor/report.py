@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
     )
     with replacing(run_dir / "curve.png") as temporary:
         draw_curve(rows, temporary)
-    changed = changed_keys(config, dataclasses.asdict(MispoConfig()))
+    changed = differences(config, dataclasses.asdict(MispoConfig()))
     sections = [
         ("Held-out problems", _summary(rows)),
         (
@@ -106,14 +106,14 @@ def own_notes(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def changed_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def differences(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """(dotted key, value) of every setting that differs from its default, in the file's order."""
     changed: list[tuple[str, str]] = []
     for key, value in config.items():
         default = defaults.get(key)
         # A free dictionary (data.task_args) defaults to {}: it is one value.
         if isinstance(value, Mapping) and isinstance(default, Mapping) and default:
-            changed += changed_keys(value, default, f"{prefix}{key}.")
+            changed += differences(value, default, f"{prefix}{key}.")
         elif key not in defaults or value != default:
             changed.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
     return changed

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sum of a tensor over all ranks; the identity for one rank."""
+from mispo.algorithm.segments import Reduce
 
 
 def routing_metrics(confidence: Tensor, experts: Tensor, num_experts: int, reduce: Reduce) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from mispo.config.check import CHOICES
 from mispo.config.schema import TrackingConfig
 from mispo.monitor.files import json_line, replacing
 from mispo.monitor.rows import whole_lines
@@ -20,7 +21,7 @@ from mispo.monitor.rows import whole_lines
 if TYPE_CHECKING:
     import wandb
 
-MODES = ("auto", "online", "offline", "disabled")
+MODES = CHOICES["tracking.wandb"]
 
 INIT_TIMEOUT_S = 30.0
 """Seconds that connecting to W&B may hold up the start of a run."""

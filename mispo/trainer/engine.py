@@ -47,7 +47,6 @@ class TrainEngine:
         self.warmup = warmup
         self.max_skipped = max_skipped
         self.updates = 0
-        self.skipped = 0
         self._skipped_in_a_row = 0
 
     @property
@@ -117,7 +116,6 @@ class TrainEngine:
             self.updates += 1
             self._skipped_in_a_row = 0
             return
-        self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
             raise RuntimeError(
