@@ -70,3 +70,33 @@ def whiten(advantages_N: Tensor, included_N: Tensor, reduce: Reduce) -> Tensor:
     mean = total / count.clamp_min(1)
     variance = reduce((chosen - mean).square().sum()) / count.clamp_min(1)
     return ((advantages_N.double() - mean) / variance.sqrt().clamp_min(MIN_STD)).float()
+
+
+def group_advantages(returns_B: Tensor, included_B: Tensor, group_B: Tensor, baseline: str) -> Tensor:
+    """Advantages from the other samples of the same prompt, without a critic; [B] float32.
+
+    included_B: bool; what is left out neither counts in its group nor has an advantage. group_B: ids of the prompts,
+    whose trajectories all lie on this rank. baseline, with n samples of mean m and sample deviation s (n − 1):
+    "group_std": (R − m)/s (GRPO, arXiv 2402.03300); "group_mean": R − m (Dr. GRPO, 2503.20783); "rloo": R minus the
+    mean of the others, n/(n−1)·(R − m) (2402.14740). A group of one included sample has advantage 0.
+    """
+    _, groups_B = group_B.unique(return_inverse=True)
+    included = included_B.double()
+    zeros = included.new_zeros(int(groups_B.max()) + 1 if len(groups_B) else 0)
+    returns = torch.where(included_B, returns_B.double(), 0.0)
+    count_B = zeros.index_add(0, groups_B, included)[groups_B]
+    mean_B = zeros.index_add(0, groups_B, returns)[groups_B] / count_B.clamp_min(1)
+    centred_B = torch.where(included_B & (count_B > 1), returns - mean_B, 0.0)
+    if baseline == "group_std":
+        squares_B = zeros.index_add(0, groups_B, centred_B.square())[groups_B]
+        centred_B = centred_B / (squares_B / (count_B - 1).clamp_min(1)).sqrt().clamp_min(1e-6)
+    elif baseline == "rloo":
+        centred_B = centred_B * count_B / (count_B - 1).clamp_min(1)
+    return centred_B.float()
+
+
+def monte_carlo(returns_B: Tensor, offsets_B1: Tensor, gamma: float) -> Tensor:
+    """γ^(T−1−t)·R for each token: what a critic fits before there are values to bootstrap from; [N] float32."""
+    owner = owner_of(offsets_B1)
+    ahead = (offsets_B1[1:] - 1)[owner] - torch.arange(len(owner), device=owner.device)
+    return (gamma ** ahead.double() * returns_B.double()[owner]).float()

@@ -97,7 +97,7 @@ class RolloutConfig:
     staleness: int = 0
     """Sample from the weights of this many actor updates ago; 0 = current weights. For off-policy studies."""
     dtype: str = "auto"
-    """Precision of the rollout copy: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16. Routers stay fp32."""
+    """Precision of the rollout copy: auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16. Routers stay fp32."""
     parity_tolerance: float = 0.1
     """Nats. Mean |Δ log-prob| per token between engine and trainer allowed right after a weight sync, else the run
     stops. bf16 noise is about 0.01; foreign weights are off by 1 and more. Ours."""
@@ -119,35 +119,85 @@ class FilterConfig:
     """quantile: wanted share of accepted trajectories at the first step and after `target_steps`, in [0, 1]. Ours."""
     target_steps: int = 50
     """quantile: steps over which the target moves. Ours."""
+    by_length: bool = False
+    """quantile: a window of its own for each bucket of lengths (those of mis/accept_len/*). Ours."""
     ratio: str = "trajectory"
     """metropolis: trajectory: product of the token ratios, for which the chain is exact; mean: their geometric mean,
     a heuristic that accepts long traces more easily. Ours."""
 
 
 @dataclass
+class OverlongConfig:
+    """Soft punishment of long completions (DAPO)."""
+
+    share: float = 0.0
+    """Share of `rollout.max_new_tokens` at the end over which the punishment rises from 0 to `penalty`; 0 = off."""
+    penalty: float = 1.0
+    """Subtracted from the reward of a completion at the limit (DAPO: 1)."""
+
+
+@dataclass
 class AlgorithmConfig:
-    """MIS-PO with truncation-aware value bootstrapping."""
+    """Which samples count, what they are worth, and the loss. Defaults: MIS-PO, with value bootstrapping."""
 
     filter: FilterConfig = field(default_factory=FilterConfig)
+    mask_policy: str = "old"
+    """Whose ratios the filter looks at: old: π_old, once per step (report); current: π_θ anew before each mini-batch,
+    for one more forward. Ours."""
+    loss: str = "mispo"
+    """mispo: score function, no ratio (report §5.2.1); ppo; gspo: PPO's clip on trajectories; cispo: clipped weights."""
+    clip: list[float] = field(default_factory=lambda: [0.2, 0.2])
+    """ppo, gspo, cispo: π_θ/π_old is clipped to [1 − first, 1 + second] (PPO: 0.2 and 0.2)."""
+    dual_clip: float | None = 3.0
+    """ppo: where Â < 0 a token's loss is at most this times |Â|; > 1; None = off."""
+    correction: str = "none"
+    """Weight of a token for the mismatch x = π_old/π_rollout: none; tis: min(x, cap); icepop: x inside bounds, else 0."""
+    correction_cap: float = 2.0
+    """tis: largest weight, > 0; .inf = plain importance weights."""
+    correction_bounds: list[float] = field(default_factory=lambda: [0.5, 5.0])
+    """icepop: lo ≤ x ≤ hi is kept (IcePop: [0.5, 5])."""
+    advantage: str = "gae"
+    """gae: from a critic (report); from the other samples of the prompt, without a critic: group_std (GRPO),
+    group_mean (Dr. GRPO), rloo."""
     gamma: float = 1.0
-    """Discount, in (0, 1] (report: 1)."""
+    """gae: discount, in (0, 1] (report: 1)."""
     lam: float = 1.0
-    """GAE λ, in [0, 1] (report: 1)."""
+    """gae: λ of the advantages, in [0, 1] (report: 1)."""
     whiten: str = "batch"
     """Advantage scale: batch: (A − mean)/max(std, 0.01) over the generated tokens of the step; none. Ours."""
     truncation: str = "bootstrap"
     """A truncated trajectory's return: bootstrap: V(s_T) (report §5.2.2); zero: 0; mask: left out everywhere."""
     loss_norm: str = "tokens"
     """Denominator of the actor loss, over the whole mini-batch and all ranks: tokens: all generated tokens, so
-    that acceptance scales the step; accepted: kept tokens only. Ours."""
+    that acceptance scales the step; accepted: kept tokens only; sequence: trajectories, each the mean of its tokens;
+    constant: trajectories times rollout.max_new_tokens. Ours."""
+    kl: float = 0.0
+    """Coefficient of the unbiased KL to a reference policy, ≥ 0 (report: 0.001, in the last stage only). 0 = no
+    reference is loaded."""
+    reference: str | None = None
+    """The reference policy, a Hugging Face directory or hub id; None = the policy at the start of the run."""
+    entropy: float = 0.0
+    """Coefficient of an entropy bonus, ≥ 0."""
+    dynamic_sampling: bool = False
+    """Replace prompts whose samples all have the same reward by further prompts (DAPO)."""
+    max_rounds: int = 10
+    """dynamic_sampling: rounds of sampling per step; what is missing then is filled with such prompts."""
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
 @dataclass
 class CriticConfig:
-    """The value model: its own copy of the policy's backbone with a scalar head."""
+    """The value model: its own copy of the policy's backbone with a scalar head. Methods without one ignore it."""
 
+    pretrain_steps: int = 0
+    """Rollouts of the initial policy, each as large as a step's, on whose Monte-Carlo returns the critic learns before
+    step 1; truncated trajectories are left out. Ours."""
     warmup_steps: int = 0
     """Steps at the beginning in which only the critic learns."""
+    lam: float = 1.0
+    """λ of the critic's targets, in [0, 1] (report: 1)."""
+    value_clip: float | None = None
+    """PPO's value clip: how far a value may move from its old one within a step, in reward units; None = off."""
     head_init_std: float = 1.0e-5
     """Standard deviation of the value head at the start."""
     train_on_truncated: bool = True
@@ -209,6 +259,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class AlarmConfig:
+    """Signs that a run has gone wrong. Each alarm names its metric, a likely cause and what to do. Ours."""
+
+    action: str = "warn"
+    """warn: a line on the screen; stop: the run ends with a checkpoint; off."""
+    patience: int = 5
+    """Steps in a row that a sign must be seen, ≥ 1."""
+    min_acceptance: float = 0.01
+    """Share of accepted trajectories below which the filter starves the actor, in [0, 1]."""
+    max_mismatch: float = 0.1
+    """mismatch/k3, nats per token, above which rollout and trainer are different policies, > 0."""
+    max_failed_rewards: float = 0.5
+    """Share of completions whose verifier failed (error, timeout, value outside of its range), in [0, 1]."""
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go. metrics.jsonl is always written."""
 
@@ -236,6 +302,7 @@ class MispoConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
     """Seeds weights, sampling and mini-batches. Same seed, same machine: same run, bit for bit on CPU."""

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mispo.algorithm.segments import offsets_of
+from mispo.algorithm.segments import lengths_of, offsets_of
 from rollouts.trajectory import Trajectory
 
 
@@ -42,6 +42,10 @@ class Batch:
         """Places in [N] of the tokens of these trajectories, in order."""
         spans = [torch.arange(int(self.offsets_B1[b]), int(self.offsets_B1[b + 1])) for b in members]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+
+    def offsets_of(self, members: Sequence[int]) -> Tensor:
+        """Offsets [b+1] of the tokens of these trajectories, laid out as `tokens_of` does."""
+        return offsets_of(lengths_of(self.offsets_B1)[torch.tensor(list(members), dtype=torch.int64)])
 
 
 def pack(trajectories: Sequence[Trajectory], *, truncation: str, first: int, total: int) -> Batch:

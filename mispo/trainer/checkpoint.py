@@ -2,7 +2,7 @@
 
 checkpoints/step_N/
     actor/                        config, weights (fp32), modeling code, tokenizer
-    critic.safetensors            the critic's weights
+    critic.safetensors            the critic's weights, if the method has one
     {actor,critic}_optimizer.safetensors   Adam's moments per parameter, `NAME.exp_avg`, `NAME.exp_avg_sq`
     history.safetensors           old weights, under rollout.staleness
     rng.pt                        random states of the first rank
@@ -50,7 +50,7 @@ def save_checkpoint(
     *,
     progress: Progress,
     actor: TrainEngine,
-    critic: TrainEngine,
+    critic: TrainEngine | None,
     tokenizer: PreTrainedTokenizerBase,
     sync: WeightSync,
     keep_last: int,
@@ -59,14 +59,15 @@ def save_checkpoint(
     final = directory / f"step_{progress.step}"
     temporary = final.with_name(final.name + ".tmp")
     policy = full_weights(actor, actor.module.policy)
-    values = full_weights(critic, critic.module.critic)
-    moments = {engine.name: _moments(engine) for engine in (actor, critic)}
+    values = full_weights(critic, critic.module.critic) if critic else None
+    moments = {engine.name: _moments(engine) for engine in (actor, critic) if engine}
     if actor.ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
         tokenizer.save_pretrained(temporary / "actor")
-        _save(values, temporary / "critic.safetensors")
+        if values is not None:
+            _save(values, temporary / "critic.safetensors")
         for name, states in moments.items():
             _save(states, temporary / f"{name}_optimizer.safetensors")
         snapshots, expected = sync.state()
@@ -104,11 +105,13 @@ def load_progress(checkpoint: Path) -> Progress:
 
 
 def load_states(
-    checkpoint: Path, progress: Progress, *, actor: TrainEngine, critic: TrainEngine, sync: WeightSync
+    checkpoint: Path, progress: Progress, *, actor: TrainEngine, critic: TrainEngine | None, sync: WeightSync
 ) -> None:
     """Optimizers, counters, old weights and random states; the weights themselves were read when the models
     were built."""
     for engine, updates in ((actor, progress.actor_updates), (critic, progress.critic_updates)):
+        if engine is None:
+            continue
         path = checkpoint / f"{engine.name}_optimizer.safetensors"
         engine.updates = updates
         if updates:

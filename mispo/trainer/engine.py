@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -23,12 +23,16 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: its loss, gradient norm before clipping, learning rate, and whether it was applied."""
+    """One optimizer update: its loss, gradient norm before clipping, learning rate, and whether it was applied.
+
+    stats: sums over its tokens and all ranks, for metrics.
+    """
 
     loss: float
     grad_norm: float
     lr: float
     applied: bool
+    stats: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainEngine:
@@ -56,6 +60,10 @@ class TrainEngine:
     def forward(self, *args: Any) -> Any:
         """The module's forward, through DeepSpeed."""
         return self.engine(*args)
+
+    def eval(self) -> None:
+        """Dropout off."""
+        self.engine.eval()
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> Update:
         """One optimizer update over micro-batches; every rank passes the same number of them.
@@ -143,19 +151,23 @@ def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
 
 
 def build_engines(
-    accelerator: Accelerator, ranks: Ranks, actor: nn.Module, critic: nn.Module, config: TrainerConfig
-) -> tuple[TrainEngine, TrainEngine]:
-    """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed."""
-    engines = []
+    accelerator: Accelerator, ranks: Ranks, actor: nn.Module, critic: nn.Module | None, config: TrainerConfig
+) -> tuple[TrainEngine, TrainEngine | None]:
+    """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed; some methods have no critic."""
+    engines: list[TrainEngine | None] = []
     for name, module, lr, warmup in (
         ("actor", actor, config.actor_lr, config.actor_warmup_updates),
         ("critic", critic, config.critic_lr, config.critic_warmup_updates),
     ):
+        if module is None:
+            engines.append(None)
+            continue
         accelerator.state.select_deepspeed_plugin(name)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
         optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=0.0, betas=BETAS)
         engine, _ = accelerator.prepare(module, optimizer)
         engines.append(TrainEngine(name, engine, ranks, lr, warmup, config.max_skipped_updates))
+    assert engines[0] is not None
     return engines[0], engines[1]
 
 

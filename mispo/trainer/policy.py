@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mispo.trainer.ranks import Ranks
 from model.critic import Critic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,12 +28,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 class ActorModule(nn.Module):
-    """The policy, read at chosen positions; no [tokens, vocabulary] tensor beyond those."""
+    """The policy, read at chosen positions; no [tokens, vocabulary] tensor beyond those.
 
-    def __init__(self, policy: PreTrainedModel, dtype: torch.dtype) -> None:
+    entropy_gradient: whether the entropy is part of a loss; else it has no gradient and needs no memory for one.
+    """
+
+    def __init__(self, policy: PreTrainedModel, dtype: torch.dtype, *, entropy_gradient: bool = False) -> None:
         super().__init__()
         self.policy = policy
         self.dtype = dtype
+        self.entropy_gradient = entropy_gradient
 
     def forward(
         self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, temperature: float
@@ -41,8 +47,25 @@ class ActorModule(nn.Module):
             hidden = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             logits = self.policy.get_output_embeddings()(hidden[rows, columns])
         logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        measured = logprobs if self.entropy_gradient else logprobs.detach()
+        entropy = -(measured.exp() * measured).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+
+class Reference:
+    """A frozen policy that the actor is held near to: a whole copy on every rank, no optimizer, no gradients."""
+
+    def __init__(self, module: ActorModule, ranks: Ranks) -> None:
+        self.module = module.requires_grad_(False)
+        self.ranks = ranks
+
+    def forward(self, *args: Any) -> Any:
+        """As `ActorModule.forward`."""
+        return self.module(*args)
+
+    def eval(self) -> None:
+        """Dropout off."""
+        self.module.eval()
 
 
 class CriticModule(nn.Module):

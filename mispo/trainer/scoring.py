@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from mispo.trainer.batch import Batch, microbatches, model_input
 from mispo.trainer.engine import TrainEngine
+from mispo.trainer.policy import Reference
+from mispo.trainer.ranks import Ranks
 from model.routing import RoutingRecorder
 
 
@@ -36,12 +39,12 @@ class Values:
 @torch.no_grad()
 def score_policy(actor: TrainEngine, batch: Batch, token_budget: int, temperature: float) -> PolicyScores:
     """One forward over the batch; dropout off."""
-    actor.engine.eval()
+    actor.eval()
     tokens = int(batch.offsets_B1[-1])
     logprobs_N, entropy_N = torch.zeros(tokens), torch.zeros(tokens)
     confidence, experts, places = [], [], []
     with RoutingRecorder(actor.module) as recorder:
-        for members in _shared_parts(actor, batch, token_budget):
+        for members in equal_count(actor.ranks, microbatches(batch, range(len(batch)), token_budget)):
             x = model_input(batch, members, actor.ranks.device)
             logprobs, entropy = actor.forward(x.ids, x.rows, x.columns, x.targets, temperature)
             at = batch.tokens_of(members)
@@ -61,9 +64,9 @@ def score_policy(actor: TrainEngine, batch: Batch, token_budget: int, temperatur
 @torch.no_grad()
 def score_values(critic: TrainEngine, batch: Batch, token_budget: int) -> Values:
     """One forward over the batch gives V at every scored token and after the last one; dropout off."""
-    critic.engine.eval()
+    critic.eval()
     values_N, bootstrap_B = torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch))
-    for members in _shared_parts(critic, batch, token_budget):
+    for members in equal_count(critic.ranks, microbatches(batch, range(len(batch)), token_budget)):
         x = model_input(batch, members, critic.ranks.device)
         end = model_input(batch, members, critic.ranks.device, last=True)
         values = critic.forward(x.ids, torch.cat([x.rows, end.rows]), torch.cat([x.columns, end.columns])).cpu()
@@ -73,11 +76,25 @@ def score_values(critic: TrainEngine, batch: Batch, token_budget: int) -> Values
     return Values(values_N, bootstrap_B)
 
 
-def _shared_parts(engine: TrainEngine, batch: Batch, token_budget: int) -> list[list[int]]:
-    return equal_count(engine, microbatches(batch, range(len(batch)), token_budget))
+@torch.no_grad()
+def score_logprobs(
+    policy: TrainEngine | Reference,
+    batch: Batch,
+    members: Sequence[int],
+    token_budget: int,
+    temperature: float,
+) -> Tensor:
+    """Log-probs [N] of these trajectories' tokens under a policy, 0 elsewhere; fp32, CPU."""
+    policy.eval()
+    logprobs_N = torch.zeros(int(batch.offsets_B1[-1]))
+    for part in equal_count(policy.ranks, microbatches(batch, members, token_budget)):
+        x = model_input(batch, part, policy.ranks.device)
+        logprobs, _ = policy.forward(x.ids, x.rows, x.columns, x.targets, temperature)
+        logprobs_N[batch.tokens_of(part)] = logprobs.cpu()
+    return logprobs_N
 
 
-def equal_count(engine: TrainEngine, parts: list[list[int]]) -> list[list[int]]:
+def equal_count(ranks: Ranks, parts: list[list[int]]) -> list[list[int]]:
     """Pad with empty micro-batches, so that every rank runs the same number of forwards."""
-    most = int(engine.ranks.max(torch.tensor(len(parts))))
+    most = int(ranks.max(torch.tensor(len(parts))))
     return parts + [[] for _ in range(most - len(parts))]

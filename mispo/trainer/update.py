@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from mispo.algorithm.loss import critic_loss, mispo_loss
+from mispo.algorithm.loss import critic_loss
+from mispo.algorithm.objective import Objective, Samples, Scale
 from mispo.trainer.batch import Batch, microbatches, minibatches, model_input
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.scoring import equal_count
@@ -15,14 +18,19 @@ from mispo.trainer.scoring import equal_count
 def update_critic(
     critic: TrainEngine,
     batch: Batch,
+    values_N: Tensor,
     targets_N: Tensor,
     included_N: Tensor,
     *,
     parts: int,
     token_budget: int,
     seed: int,
+    value_clip: float | None,
 ) -> list[Update]:
-    """`parts` critic updates on fixed targets [N]; every included token counts, accepted by the filter or not."""
+    """`parts` critic updates on fixed targets [N]; every included token counts, accepted by the filter or not.
+
+    values_N: before the step's updates, for the value clip.
+    """
     updates = []
     for members in minibatches(batch, parts, seed):
         count = critic.ranks.count(int(included_N[batch.tokens_of(members)].sum()))
@@ -35,9 +43,11 @@ def update_critic(
             values = critic.forward(x.ids, x.rows, x.columns)
             return critic_loss(
                 values,
+                values_N[at].to(values),
                 targets_N[at].to(values),
                 included_N[at].to(values.device),
                 values.new_tensor(denominator),
+                value_clip,
             )
 
         updates.append(_run(critic, batch, members, token_budget, loss))
@@ -47,43 +57,46 @@ def update_critic(
 def update_actor(
     actor: TrainEngine,
     batch: Batch,
-    advantages_N: Tensor,
-    weights_N: Tensor,
-    included_N: Tensor,
+    samples: Samples,
+    objective: Objective,
     *,
     parts: int,
     token_budget: int,
     seed: int,
     temperature: float,
-    loss_norm: str,
     after_update: Callable[[], None],
+    reweigh: Callable[[list[int]], Tensor] | None = None,
 ) -> list[Update | None]:
     """`parts` actor updates, each sample used once; None where a mini-batch had nothing accepted (no step).
 
-    weights_N: the filter's, constant over the step. loss_norm: "tokens": all included generated tokens of the
-    mini-batch over all ranks are the denominator; "accepted": the kept ones.
+    Trajectories of which every token was rejected are not computed, unless the objective has terms for them too.
+    reweigh: weights of these trajectories' tokens under the current π_θ, for the mini-batches after the first (before
+    which π_θ is π_old).
     """
     updates: list[Update | None] = []
-    for members in minibatches(batch, parts, seed):
+    for number, members in enumerate(minibatches(batch, parts, seed)):
         at = batch.tokens_of(members)
-        kept = actor.ranks.count(int((weights_N[at] > 0).sum()))
-        if kept == 0:
+        if reweigh and number:
+            samples = samples.reweighted(at, reweigh(members))
+        scale = objective.scale(samples.at(at, at.device), batch.offsets_of(members), actor.ranks.count)
+        if scale.kept == 0:
             updates.append(None)
             continue
-        count = kept if loss_norm == "accepted" else actor.ranks.count(int(included_N[at].sum()))
+        sums: dict[str, Tensor] = {}
 
-        def loss(part: list[int], denominator: float = float(count)) -> Tensor:
+        def loss(part: list[int], samples: Samples = samples, scale: Scale = scale, sums: Any = sums) -> Tensor:
             x = model_input(batch, part, actor.ranks.device)
-            at = batch.tokens_of(part)
-            logprobs, _ = actor.forward(x.ids, x.rows, x.columns, x.targets, temperature)
-            return mispo_loss(
-                logprobs,
-                advantages_N[at].to(logprobs),
-                weights_N[at].to(logprobs),
-                logprobs.new_tensor(denominator),
-            )
+            logprobs, entropy = actor.forward(x.ids, x.rows, x.columns, x.targets, temperature)
+            mine = samples.at(batch.tokens_of(part), logprobs.device)
+            share, found = objective(logprobs, entropy, mine, batch.offsets_of(part).to(logprobs.device), scale)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + value.detach().double().cpu()
+            return share
 
-        update = _run(actor, batch, members, token_budget, loss)
+        seen = objective.everywhere
+        needed = [b for b in members if seen or bool((samples.weights[batch.tokens_of([b])] > 0).any())]
+        update = _run(actor, batch, needed, token_budget, loss)
+        update = replace(update, stats={name: actor.ranks.sum(sums[name]).item() for name in sorted(sums)})
         updates.append(update)
         if update.applied:
             after_update()
@@ -97,5 +110,5 @@ def _run(
     token_budget: int,
     loss: Callable[[list[int]], Tensor],
 ) -> Update:
-    shared = equal_count(engine, microbatches(batch, members, token_budget))
+    shared = equal_count(engine.ranks, microbatches(batch, members, token_budget))
     return engine.update([lambda part=part: loss(part) for part in shared])
