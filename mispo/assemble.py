@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,25 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mispo.algorithm.controller import QuantileFilter
-from mispo.algorithm.filter import (
-    Filter,
-    FixedFilter,
-    bounds_filter,
-    keep_all,
-    metropolis,
-    random_reject,
-    token_only,
-)
-from mispo.config.schema import FilterConfig, MispoConfig
+from mispo.config.objective import objective
+from mispo.config.schema import MispoConfig
 from mispo.data import Data, build_data
 from mispo.evaluate import Evaluator
+from mispo.method import build_method
+from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.tracking import Tracker
 from mispo.run import Run
 from mispo.trainer.checkpoint import latest_checkpoint, load_progress, load_states
 from mispo.trainer.engine import build_engines, start_ranks
-from mispo.trainer.policy import ActorModule, CriticModule, compute_dtype
+from mispo.trainer.policy import ActorModule, CriticModule, Reference, compute_dtype
 from mispo.trainer.ranks import Ranks
 from mispo.trainer.weights import WeightSync
 from mispo.warm_start import warm_start
@@ -78,13 +71,16 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
         policy.to(ranks.device)
         if checkpoint is None and config.warm_start.steps:
             _warm_start(policy, tokenizer, data, config, ranks, say)
-        critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
-        if checkpoint:
-            _load_critic(critic, checkpoint / "critic.safetensors")
-        engine = _rollout_engine(policy, tokenizer, config, ranks)
         dtype = compute_dtype(config.trainer.dtype, ranks.device)
+        critic = _critic(policy, config, checkpoint)
+        reference = _reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
+        engine = _rollout_engine(policy, tokenizer, config, ranks)
         actor_engine, critic_engine = build_engines(
-            accelerator, ranks, ActorModule(policy, dtype), CriticModule(critic, dtype), config.trainer
+            accelerator,
+            ranks,
+            ActorModule(policy, dtype, entropy_gradient=config.algorithm.entropy > 0),
+            CriticModule(critic, dtype) if critic else None,
+            config.trainer,
         )
         sync = WeightSync(
             actor_engine,
@@ -98,9 +94,9 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
             data.stream.cursor = progress.cursor
             sync.publish()
-        selector = build_filter(config.algorithm.filter)
+        method = build_method(config)
         if progress:
-            selector.restore(progress.filter_state)
+            method.filter.restore(progress.filter_state)
         routers = find_routers(engine.model)  # under ZeRO-3 the trainer's own weights have no shape
         tracker = None
         if ranks.first:
@@ -112,6 +108,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
                 wandb_id=progress.wandb_id if progress else None,
             )
             say(_summary(policy, engine, config, ranks, dtype), highlight=False, style="dim")
+            say(objective(config), highlight=False, markup=False, style="dim")
         return Run(
             config=config,
             directory=directory,
@@ -121,6 +118,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             data=data,
             actor=actor_engine,
             critic=critic_engine,
+            reference=reference,
             num_experts=routers[0].module.weight.shape[0] if routers else 0,
             pool=pool,
             worker=RolloutWorker(
@@ -132,7 +130,8 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
                 seed=config.seed,
             ),
             sync=sync,
-            filter=selector,
+            method=method,
+            alarms=Alarms(config),
             evaluator=Evaluator(
                 engine=engine,
                 pool=pool,
@@ -152,22 +151,6 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
     except BaseException:
         pool.close()
         raise
-
-
-def build_filter(config: FilterConfig) -> Filter:
-    """The filter that algorithm.filter names."""
-    token = (config.token_bounds[0], config.token_bounds[1])
-    window = (config.trajectory_bounds[0], config.trajectory_bounds[1])
-    target = (config.target_acceptance[0], config.target_acceptance[1])
-    build: dict[str, Callable[[], Filter]] = {
-        "bounds": lambda: FixedFilter(partial(bounds_filter, token_bounds=token, trajectory_bounds=window)),
-        "quantile": lambda: QuantileFilter(token, target, config.target_steps),
-        "metropolis": lambda: FixedFilter(partial(metropolis, ratio=config.ratio)),
-        "random": lambda: FixedFilter(partial(random_reject, token_bounds=token, trajectory_bounds=window)),
-        "token_only": lambda: FixedFilter(partial(token_only, token_bounds=token)),
-        "none": lambda: FixedFilter(keep_all),
-    }
-    return build[config.name]()
 
 
 def _check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
@@ -215,12 +198,55 @@ def _warm_start(
         data.stream.cursor = int(cursor)
 
 
-def _load_critic(critic: Critic, path: Path) -> None:
-    try:
-        critic.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"--resume: {path} belongs to another model than the actor beside it: {reason}") from error
+def _critic(policy: PreTrainedModel, config: MispoConfig, checkpoint: Path | None) -> Critic | None:
+    """The value model of methods that have one."""
+    if config.algorithm.advantage != "gae":
+        return None
+    critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
+    if checkpoint:
+        path = checkpoint / "critic.safetensors"
+        try:
+            critic.load_state_dict(load_file(path))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"--resume: {path} belongs to another model than the actor beside it: {reason}") from error
+    return critic
+
+
+def _reference(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: MispoConfig,
+    directory: Path,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    *,
+    resume: bool,
+) -> Reference | None:
+    """The policy that algorithm.kl holds the actor near to, None without that term.
+
+    Without algorithm.reference it is the policy at the start, kept in run_dir/reference for a resumed run.
+    """
+    if config.algorithm.kl == 0:
+        return None
+    kept = directory / "reference"
+    path = config.algorithm.reference or (str(kept) if resume else None)
+    if path is None:
+        model = copy.deepcopy(policy)
+        if ranks.first:
+            model.save_pretrained(kept)
+            tokenizer.save_pretrained(kept)
+    elif path == str(kept) and not kept.is_dir():
+        raise ValueError(
+            f"algorithm.kl: {kept} does not exist, since this run began without a KL term; name algorithm.reference"
+        )
+    else:
+        model, other = build_policy(
+            None, path, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+        )
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"algorithm.reference: {path} has another tokenizer than the policy")
+    return Reference(ActorModule(model.to(ranks.device), dtype), ranks)
 
 
 def _rollout_engine(
@@ -228,13 +254,13 @@ def _rollout_engine(
 ) -> NativeEngine:
     """An engine with a copy of the policy of its own, in the rollout precision."""
     with torch.device(ranks.device):
-        copy = type(policy)(policy.config)
-    copy.load_state_dict(policy.state_dict())
-    copy.to(device=ranks.device, dtype=compute_dtype(config.rollout.dtype, ranks.device))
-    keep_router_fp32(copy)
+        model = type(policy)(policy.config)
+    model.load_state_dict(policy.state_dict())
+    model.to(device=ranks.device, dtype=compute_dtype(config.rollout.dtype, ranks.device))
+    keep_router_fp32(model)
     ends = policy.generation_config.eos_token_id if policy.generation_config else None
     ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return NativeEngine(copy, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots)
+    return NativeEngine(model, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots)
 
 
 def _probe(data: Data, config: MispoConfig) -> list[Tensor]:

@@ -12,26 +12,29 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from mispo.algorithm.advantage import gae, terminal_values, whiten
+from mispo.algorithm.advantage import gae, group_advantages, monte_carlo, terminal_values, whiten
 from mispo.algorithm.filter import Proposal, Selection
+from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
+from mispo.collect import collect
 from mispo.run import Run
-from mispo.step_metrics import step_metrics
+from mispo.step_metrics import StepRecord, step_metrics
 from mispo.trainer.batch import Batch, pack
 from mispo.trainer.checkpoint import Progress, save_checkpoint
 from mispo.trainer.engine import Update
-from mispo.trainer.scoring import PolicyScores, Values, score_policy, score_values
+from mispo.trainer.scoring import PolicyScores, Values, score_logprobs, score_policy, score_values
 from mispo.trainer.update import update_actor, update_critic
 from rollouts.trajectory import Trajectory
-from rollouts.worker import grade
 
 
 @dataclass
 class Timer:
-    """Seconds per phase of one step."""
+    """Seconds per phase of one step; a phase may come several times."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -39,7 +42,8 @@ class Timer:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[f"timing_s/{phase}"] = time.perf_counter() - start
+        key = f"timing_s/{phase}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
 
 def train(run: Run) -> None:
@@ -48,6 +52,7 @@ def train(run: Run) -> None:
         run.sync.record()
         run.sync.publish()
         run.report_baseline()
+        pretrain_critic(run)
     for step in range(run.start_step + 1, run.config.trainer.steps + 1):
         train_step(run, step)
 
@@ -56,46 +61,39 @@ def train_step(run: Run, step: int) -> None:
     """One step: sample, grade, score, select, update the critic, update the actor, publish."""
     timer = Timer()
     with timer("step"):
-        with timer("rollout"):
-            trajectories = roll_out(run)
-        staleness = max(run.actor.updates - t.weight_version for t in trajectories)
-        with timer("reward"):
-            trajectories = run.permute(grade(trajectories, run.pool), step)
+        trajectories, collected = collect(run, step, timer)
         with timer("score"):
             batch = pack_step(run, trajectories)
-            policy, values = score(run, batch)
+            policy, values, reference_N = score(run, batch)
         advantages_N, targets_N, included_N = judge(run, batch, values)
-        selection = select(run, batch, policy, step)
+        selection = select(run, batch, policy.logprobs_N, step)
+        samples = Samples(
+            old_logprobs=policy.logprobs_N,
+            advantages=advantages_N,
+            weights=weigh(run, batch, selection, policy.logprobs_N, included_N),
+            included=included_N,
+            reference=reference_N,
+        )
         with timer("critic"):
-            critic_updates = update_values(run, batch, targets_N, included_N, step)
+            critic_updates = update_values(run, batch, values, targets_N, included_N, step)
+        lags_B = torch.tensor([run.actor.updates - t.weight_version for t in trajectories])
         with timer("actor"):
-            actor_updates = update_policy(run, batch, advantages_N, selection, included_N, step)
+            actor_updates = update_policy(run, batch, samples, step)
         with timer("sync"):
             synced = run.sync.publish()
-    metrics = step_metrics(
-        run.ranks,
-        batch,
-        trajectories,
-        policy,
-        values,
-        targets_N,
-        selection,
-        actor_updates,
-        critic_updates,
-        num_experts=run.num_experts,
+    record = StepRecord(
+        batch, trajectories, policy, values, targets_N, selection, lags_B, actor_updates, critic_updates
     )
-    metrics |= synced | {"rollout/staleness": float(staleness)} | timer.seconds
+    metrics = step_metrics(run.ranks, record, num_experts=run.num_experts, reward_range=run.reward_range)
+    metrics |= collected | synced | timer.seconds
     metrics |= run.throughput(batch, timer.seconds["timing_s/step"])
-    run.save_rollouts(step, trajectories, batch, advantages_N, targets_N, values.bootstrap_B, selection)
+    run.save_rollouts(step, record, samples)
     run.report_step(step, metrics)
-    if run.due(run.config.checkpoint.every, step):
+    stop = run.check_alarms(metrics)
+    if stop or run.due(run.config.checkpoint.every, step):
         checkpoint(run, step)
-
-
-def roll_out(run: Run) -> list[Trajectory]:
-    """This rank's share of the step's prompts, each sampled samples_per_prompt times."""
-    prompts = run.data.stream.take(run.config.rollout.prompts_per_step)
-    return run.worker.sample([prompts[i] for i in run.ranks.share(len(prompts))])
+    if stop:
+        raise RuntimeError(f"alarms.action=stop: {stop}")
 
 
 def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
@@ -106,84 +104,130 @@ def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
         truncation=run.config.algorithm.truncation,
         first=run.ranks.share(rollout.prompts_per_step).start * rollout.samples_per_prompt,
         total=rollout.prompts_per_step * rollout.samples_per_prompt,
+        penalty=run.overlong_penalty,
     )
 
 
-def score(run: Run, batch: Batch) -> tuple[PolicyScores, Values]:
-    """π_old and V, both before any update of this step."""
-    budget = run.config.trainer.tokens_per_microbatch
-    policy = score_policy(run.actor, batch, budget, run.config.rollout.temperature)
-    return policy, score_values(run.critic, batch, budget)
+def score(run: Run, batch: Batch) -> tuple[PolicyScores, Values | None, Tensor | None]:
+    """π_old, V where there is a critic, log π_ref where there is a reference; all before any update of this step."""
+    budget, temperature = run.config.trainer.tokens_per_microbatch, run.config.rollout.temperature
+    policy = score_policy(run.actor, batch, budget, temperature)
+    values = score_values(run.critic, batch, budget) if run.critic else None
+    reference_N = None
+    if run.reference:
+        reference_N = score_logprobs(run.reference, batch, range(len(batch)), budget, temperature)
+    return policy, values, reference_N
 
 
-def judge(run: Run, batch: Batch, values: Values) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages [N], critic targets [N], and which tokens take part at all [N] bool."""
+def judge(run: Run, batch: Batch, values: Values | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Advantages [N], critic targets [N] if there is a critic, and which tokens take part at all [N] bool."""
     algorithm = run.config.algorithm
-    terminal_B = terminal_values(
-        batch.rewards_B,
-        values.bootstrap_B,
-        batch.truncated_B,
-        algorithm.truncation,
-        (run.pool.low, run.pool.high),
+    owner_N = owner_of(batch.offsets_B1)
+    included_N = batch.included_B[owner_N]
+    bootstrap_B = values.bootstrap_B if values else torch.zeros(len(batch))
+    terminal_B = batch.penalties_B + terminal_values(
+        batch.rewards_B, bootstrap_B, batch.truncated_B, algorithm.truncation, run.reward_range
     )
-    bootstrapped_B = batch.truncated_B & (algorithm.truncation == "bootstrap")
-    advantages_N, targets_N = gae(
-        values.values_N, terminal_B, bootstrapped_B, batch.offsets_B1, algorithm.gamma, algorithm.lam
-    )
-    included_N = batch.included_B[owner_of(batch.offsets_B1)]
+    targets_N = None
+    if values is None:
+        advantages_N = group_advantages(terminal_B, batch.included_B, groups(run, batch), algorithm.advantage)[owner_N]
+    else:
+        bootstrapped_B = batch.truncated_B & (algorithm.truncation == "bootstrap")
+        arguments = (values.values_N, terminal_B, bootstrapped_B, batch.offsets_B1, algorithm.gamma)
+        advantages_N, targets_N = gae(*arguments, algorithm.lam)
+        if run.config.critic.lam != algorithm.lam:
+            _, targets_N = gae(*arguments, run.config.critic.lam)
     if algorithm.whiten == "batch":
         advantages_N = whiten(advantages_N, included_N, run.ranks.sum)
     return advantages_N, targets_N, included_N
 
 
-def select(run: Run, batch: Batch, policy: PolicyScores, step: int) -> Selection:
-    """What the filter keeps, decided once for all updates of the step."""
+def groups(run: Run, batch: Batch) -> Tensor:
+    """Number of each trajectory's prompt within the step, [B]."""
+    return batch.position_B // run.config.rollout.samples_per_prompt
+
+
+def select(run: Run, batch: Batch, logprobs_N: Tensor, step: int) -> Selection:
+    """What the filter keeps, by the log-probs of the target policy: π_old, once for all updates of the step."""
     proposal = Proposal(
-        old_logprobs_N=policy.logprobs_N,
+        old_logprobs_N=logprobs_N,
         rollout_logprobs_N=batch.rollout_logprobs_N,
         offsets_B1=batch.offsets_B1,
         position_B=batch.position_B,
-        group_B=batch.position_B // run.config.rollout.samples_per_prompt,
+        group_B=groups(run, batch),
         seed=run.step_seed("filter", step),
         everyone=lambda x_B: run.ranks.gather(x_B, batch.position_B, batch.total),
     )
-    return run.filter(proposal)
+    return run.method.filter(proposal)
 
 
-def update_values(run: Run, batch: Batch, targets_N: Tensor, included_N: Tensor, step: int) -> list[Update]:
+def weigh(run: Run, batch: Batch, selection: Selection, old_logprobs_N: Tensor, included_N: Tensor) -> Tensor:
+    """Weight of each token in the policy loss, [N]: its multiplicity or 0, times the correction for the mismatch."""
+    selected_N = selection.weights(batch.offsets_B1) * included_N
+    correction_N = run.method.correct(old_logprobs_N.double() - batch.rollout_logprobs_N.double()).to(selected_N)
+    # Where the filter rejects, a correction may be infinite.
+    return selected_N * torch.where(selected_N > 0, correction_N, 0.0)
+
+
+def update_values(
+    run: Run, batch: Batch, values: Values | None, targets_N: Tensor | None, included_N: Tensor, step: int
+) -> list[Update]:
     """The critic learns from every generated token, whatever the filter thinks of it."""
+    if run.critic is None or values is None or targets_N is None:
+        return []
     if not run.config.critic.train_on_truncated:
         included_N = included_N & ~batch.truncated_B[owner_of(batch.offsets_B1)]
     return update_critic(
         run.critic,
         batch,
+        values.values_N,
         targets_N,
         included_N,
         parts=run.config.trainer.critic_minibatches,
         token_budget=run.config.trainer.tokens_per_microbatch,
         seed=run.step_seed("critic", step),
+        value_clip=run.config.critic.value_clip,
     )
 
 
-def update_policy(
-    run: Run, batch: Batch, advantages_N: Tensor, selection: Selection, included_N: Tensor, step: int
-) -> list[Update | None]:
+def pretrain_critic(run: Run) -> None:
+    """The critic learns the Monte-Carlo returns of the initial policy; truncated trajectories have none."""
+    for number in range(run.config.critic.pretrain_steps):
+        # Steps before the first one, so that they share no seed with any.
+        step = number - run.config.critic.pretrain_steps
+        batch = pack_step(run, collect(run, step, Timer())[0])
+        values = score_values(run.critic, batch, run.config.trainer.tokens_per_microbatch)
+        targets_N = monte_carlo(batch.rewards_B, batch.offsets_B1, run.config.algorithm.gamma)
+        finished_N = (batch.included_B & ~batch.truncated_B)[owner_of(batch.offsets_B1)]
+        updates = update_values(run, batch, values, targets_N, finished_N, step)
+        run.report_pretraining(number + 1, updates)
+
+
+def update_policy(run: Run, batch: Batch, samples: Samples, step: int) -> list[Update | None]:
     """The actor learns from what the filter selected, each sample once."""
     if step <= run.config.critic.warmup_steps:
         return []
     return update_actor(
         run.actor,
         batch,
-        advantages_N,
-        selection.weights(batch.offsets_B1) * included_N,
-        included_N,
+        samples,
+        run.method.objective,
         parts=run.config.trainer.actor_minibatches,
         token_budget=run.config.trainer.tokens_per_microbatch,
         seed=run.step_seed("actor", step),
         temperature=run.config.rollout.temperature,
-        loss_norm=run.config.algorithm.loss_norm,
         after_update=run.sync.record,
+        reweigh=partial(reweigh, run, batch, samples, step) if run.config.algorithm.mask_policy == "current" else None,
     )
+
+
+def reweigh(run: Run, batch: Batch, samples: Samples, step: int, members: list[int]) -> Tensor:
+    """Weights of these trajectories' tokens with the filter looking at the current π_θ (mask_policy: current)."""
+    part, at = batch.part(members), batch.tokens_of(members)
+    budget, temperature = run.config.trainer.tokens_per_microbatch, run.config.rollout.temperature
+    logprobs_N = score_logprobs(run.actor, part, range(len(part)), budget, temperature)
+    selection = select(run, part, logprobs_N, step)
+    return weigh(run, part, selection, samples.old_logprobs[at], samples.included[at])
 
 
 def checkpoint(run: Run, step: int) -> None:
@@ -194,9 +238,9 @@ def checkpoint(run: Run, step: int) -> None:
             step=step,
             cursor=run.data.stream.cursor,
             actor_updates=run.actor.updates,
-            critic_updates=run.critic.updates,
+            critic_updates=run.critic.updates if run.critic else 0,
             wandb_id=run.wandb_id,
-            filter_state=run.filter.state(),
+            filter_state=run.method.filter.state(),
         ),
         actor=run.actor,
         critic=run.critic,

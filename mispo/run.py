@@ -11,22 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mispo.algorithm.filter import Filter, Selection
+from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import segment_mean
 from mispo.config.schema import MispoConfig
 from mispo.data import Data
 from mispo.evaluate import Evaluator, sample_rows
+from mispo.method import Method
+from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, eval_line
 from mispo.monitor.files import replacing
 from mispo.monitor.records import save_rollouts, save_samples
 from mispo.monitor.tracking import Tracker
+from mispo.step_metrics import StepRecord
 from mispo.trainer.batch import Batch
-from mispo.trainer.engine import TrainEngine
+from mispo.trainer.engine import TrainEngine, Update
+from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
 from mispo.trainer.weights import WeightSync
+from rewards.shaping import overlong_penalty
 from rewards.workers import RewardPool
 from rollouts.trajectory import Trajectory
 from rollouts.worker import RolloutWorker, request_seed
@@ -37,7 +41,8 @@ RANDOM_CHOICES = ("actor", "critic", "filter")
 
 @dataclass
 class Run:
-    """All parts of a run on this rank. `tracker` and `printer` exist on the first rank only."""
+    """All parts of a run on this rank. `tracker` and `printer` exist on the first rank only, `critic` and `reference`
+    where the method has them."""
 
     config: MispoConfig
     directory: Path
@@ -46,12 +51,14 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: Data
     actor: TrainEngine
-    critic: TrainEngine
+    critic: TrainEngine | None
+    reference: Reference | None
     num_experts: int
     pool: RewardPool
     worker: RolloutWorker
     sync: WeightSync
-    filter: Filter
+    method: Method
+    alarms: Alarms
     evaluator: Evaluator
     tracker: Tracker | None
     printer: StepPrinter | None
@@ -61,6 +68,16 @@ class Run:
     @property
     def wandb_id(self) -> str | None:
         return self.tracker.wandb_id if self.tracker else None
+
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """Lowest and highest reward that the verifier declares."""
+        return self.pool.low, self.pool.high
+
+    def overlong_penalty(self, length: int) -> float:
+        """What a completion of so many tokens loses (algorithm.overlong)."""
+        limit, overlong = self.config.rollout.max_new_tokens, self.config.algorithm.overlong
+        return overlong_penalty(length, limit, round(overlong.share * limit), overlong.penalty)
 
     def step_seed(self, name: str, step: int) -> int:
         """Seed of one random choice of one step."""
@@ -108,35 +125,41 @@ class Run:
                 self.printer.eval(step, measured)
         self._log(step, metrics)
 
-    def save_rollouts(
-        self,
-        step: int,
-        trajectories: Sequence[Trajectory],
-        batch: Batch,
-        advantages_N: Tensor,
-        targets_N: Tensor,
-        bootstrap_B: Tensor,
-        selection: Selection,
-    ) -> None:
+    def check_alarms(self, metrics: dict[str, float]) -> str | None:
+        """Say what looks wrong; the reason to stop, if alarms.action wants that. The same on every rank."""
+        due = self.alarms.check(metrics)
+        for alarm in due:
+            if self.printer:
+                self.printer.console.print(f"alarm: {alarm.text}", style="bold yellow", markup=False, highlight=False)
+        return due[0].text if due and self.config.alarms.action == "stop" else None
+
+    def report_pretraining(self, number: int, updates: Sequence[Update]) -> None:
+        """One line for each rollout of the critic's pre-training."""
+        if self.printer:
+            loss = sum(update.loss for update in updates) / max(len(updates), 1)
+            text = f"critic pre-training {number}/{self.config.critic.pretrain_steps}  loss {loss:.4f}"
+            self.printer.console.print(text, highlight=False)
+
+    def save_rollouts(self, step: int, record: StepRecord, samples: Samples) -> None:
         """rollouts/step_N.parquet, with a suffix per rank where there are several.
 
-        Per trajectory also: mean advantage, mean critic target, V(s_T), log ρ̄ and the filter's multiplicity.
+        Per trajectory also: mean advantage, log ρ̄ and the filter's multiplicity; with a critic mean target and V(s_T).
         """
         every = self.config.tracking.rollouts_every
         if not every or step % every:
             return
         suffix = "" if self.ranks.size == 1 else f".rank{self.ranks.rank}"
-        save_rollouts(
-            self.directory / "rollouts" / f"step_{step}{suffix}.parquet",
-            trajectories,
-            {
-                "advantage_mean": segment_mean(advantages_N, batch.offsets_B1).tolist(),
-                "target_mean": segment_mean(targets_N, batch.offsets_B1).tolist(),
-                "bootstrap": bootstrap_B.tolist(),
-                "log_rho": selection.log_rho_B.tolist(),
-                "multiplicity": selection.multiplicity_B.tolist(),
-            },
-        )
+        offsets_B1 = record.batch.offsets_B1
+        columns = {
+            "advantage_mean": segment_mean(samples.advantages, offsets_B1).tolist(),
+            "log_rho": record.selection.log_rho_B.tolist(),
+            "multiplicity": record.selection.multiplicity_B.tolist(),
+        }
+        if record.values is not None and record.targets_N is not None:
+            columns["target_mean"] = segment_mean(record.targets_N, offsets_B1).tolist()
+            columns["bootstrap"] = record.values.bootstrap_B.tolist()
+        path = self.directory / "rollouts" / f"step_{step}{suffix}.parquet"
+        save_rollouts(path, record.trajectories, columns)
 
     def throughput(self, batch: Batch, seconds: float) -> dict[str, float]:
         """Generated tokens of all ranks per second of the whole step, and the memory high-water mark."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mispo.algorithm.filter import Selection
-from mispo.algorithm.metrics import (
+from mispo.algorithm.mismatch import (
     MismatchSums,
     acceptance_metrics,
     mismatch_metrics,
     mismatch_sums,
 )
-from mispo.algorithm.segments import segment_sum
+from mispo.algorithm.segments import segment_mean, segment_sum
 from mispo.monitor.routing import rollout_confidence, routing_metrics
 from mispo.trainer.batch import Batch
 from mispo.trainer.engine import Update
@@ -24,23 +24,30 @@ from mispo.trainer.scoring import PolicyScores, Values
 from rollouts.trajectory import Trajectory
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did, on this rank. values, targets_N: None without a critic. lags_B: actor updates that each
+    trajectory's weights were behind the trainer's."""
+
+    batch: Batch
+    trajectories: Sequence[Trajectory]
+    policy: PolicyScores
+    values: Values | None
+    targets_N: Tensor | None
+    selection: Selection
+    lags_B: Tensor
+    actor_updates: Sequence[Update | None]
+    critic_updates: Sequence[Update]
+
+
 def step_metrics(
-    ranks: Ranks,
-    batch: Batch,
-    trajectories: Sequence[Trajectory],
-    policy: PolicyScores,
-    values: Values,
-    targets_N: Tensor,
-    selection: Selection,
-    actor_updates: Sequence[Update | None],
-    critic_updates: Sequence[Update],
-    *,
-    num_experts: int,
+    ranks: Ranks, record: StepRecord, *, num_experts: int, reward_range: tuple[float, float]
 ) -> dict[str, float]:
     """Everything except times. Collective: every rank calls it with its share, all get the same row.
 
     num_experts: of a MoE layer, 0 for a dense model.
     """
+    batch, policy, selection = record.batch, record.policy, record.selection
 
     def everyone(x_B: Tensor) -> Tensor:
         return ranks.gather(x_B, batch.position_B, batch.total)
@@ -48,33 +55,61 @@ def step_metrics(
     sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
     sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
     everything = replace(
-        selection, multiplicity_B=everyone(selection.multiplicity_B), log_rho_B=everyone(selection.log_rho_B)
+        selection,
+        multiplicity_B=everyone(selection.multiplicity_B),
+        log_rho_B=everyone(selection.log_rho_B),
+        window_B2=None if selection.window_B2 is None else everyone(selection.window_B2),
     )
-    lengths_B = everyone(torch.tensor([float(len(t)) for t in trajectories]))
+    lengths_B = everyone(torch.tensor([float(len(t)) for t in record.trajectories]))
     rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
-    failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in trajectories]))
+    failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in record.trajectories]))
     entropy_B = everyone(segment_sum(policy.entropy_N, batch.offsets_B1))
-    bootstrap_B = everyone(values.bootstrap_B)
+    lags_B = everyone(record.lags_B)
     tokens = sums.lengths_B.sum().clamp_min(1)
     metrics = {
         "reward/mean": rewards_B.mean().item(),
         "reward/failed": failed_B.mean().item(),
+        "reward/low": reward_range[0],
+        "reward/high": reward_range[1],
+        "reward/overlong_penalty": everyone(batch.penalties_B).mean().item(),
         "response_length/mean": lengths_B.mean().item(),
         "response_length/max": lengths_B.max().item(),
         "response_length/clip_ratio": truncated_B.float().mean().item(),
         "trunc/rate": truncated_B.float().mean().item(),
+        "rollout/staleness": float(lags_B.max()),
         "actor/entropy": (entropy_B.sum() / tokens).item(),
         **mismatch_metrics(sums),
-        **acceptance_metrics(everything, lengths_B, rewards_B),
-        **_routing(ranks, trajectories, policy, num_experts),
-        **_critic(ranks, values, targets_N),
+        **acceptance_metrics(everything, lengths_B, rewards_B, lags_B),
+        **_routing(ranks, record.trajectories, policy, num_experts),
     }
-    if truncated_B.any():
-        metrics["trunc/bootstrap_mean"] = bootstrap_B[truncated_B].mean().item()
-    for name, updates in (("actor", actor_updates), ("critic", critic_updates)):
-        metrics |= _updates(name, updates)
-    metrics["mis/empty_minibatches"] = float(sum(update is None for update in actor_updates))
+    if not truncated_B.all():
+        metrics["reward/finished_mean"] = rewards_B[~truncated_B].mean().item()
+    if record.values is not None and record.targets_N is not None:
+        metrics |= _critic(ranks, record.values, record.targets_N)
+        values_B = everyone(segment_mean(record.values.values_N, batch.offsets_B1))
+        better_B = rewards_B > rewards_B.mean()
+        for name, chosen_B in (("pos", better_B), ("neg", ~better_B)):
+            if chosen_B.any():
+                metrics[f"critic/value_{name}"] = values_B[chosen_B].mean().item()
+        if truncated_B.any():
+            metrics["trunc/bootstrap_mean"] = everyone(record.values.bootstrap_B)[truncated_B].mean().item()
+        metrics |= _updates("critic", record.critic_updates)
+    metrics |= _updates("actor", record.actor_updates) | _moved(record.actor_updates)
+    metrics["mis/empty_minibatches"] = float(sum(update is None for update in record.actor_updates))
     return metrics
+
+
+def _moved(updates: Sequence[Update | None]) -> dict[str, float]:
+    """Over the tokens of the step's updates: how far π_θ had left π_old (k3), the reference, and how many were clipped.
+
+    Whole trajectories that were rejected are not computed and do not count here.
+    """
+    stats = [update.stats for update in updates if update is not None]
+    tokens = sum(found["tokens"] for found in stats)
+    if not tokens:
+        return {}
+    names = {"clipped": "actor/clip_frac", "kl_old": "actor/kl_old", "kl_ref": "actor/kl_ref"}
+    return {metric: sum(found[name] for found in stats) / tokens for name, metric in names.items() if name in stats[0]}
 
 
 def _critic(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]:

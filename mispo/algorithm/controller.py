@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mispo.algorithm.filter import Bounds, Proposal, Selection, bounds_filter
+from mispo.algorithm.filter import Bounds, Proposal, Selection, window_filter
+from mispo.algorithm.segments import bucket_of, lengths_of
 
 NARROWEST, WIDEST = math.log(1.0002), math.log(1.01)
 """Limits of the half-width, in log ratio."""
@@ -34,28 +35,33 @@ def half_width(before: float | None, log_rho: Tensor, target: float) -> float:
 class QuantileFilter:
     """The report's token test, and a window exp(±b_k) on trajectories that aims at an acceptance.
 
-    target: A* at the first step and from step `target_steps` on, linear in between. width and steps are the state
-    that a resumed run continues with.
+    target: A* at the first step and from step `target_steps` on, linear in between. by_length: a half-width for each
+    bucket of lengths, else one for all. widths (by bucket) and steps are the state that a resumed run continues with.
     """
 
     token_bounds: Bounds
     target: tuple[float, float]
     target_steps: int
-    width: float | None = None
+    by_length: bool = False
+    widths: dict[int, float] = field(default_factory=dict)
     steps: int = 0
 
     def __call__(self, proposal: Proposal) -> Selection:
         first, last = self.target
         target = last + (first - last) * max(0.0, 1 - self.steps / max(self.target_steps, 1))
-        self.width = half_width(self.width, proposal.everyone(proposal.log_rho_B), target)
+        mine_B = bucket_of(lengths_of(proposal.offsets_B1)) * int(self.by_length)
+        bucket, log_rho = proposal.everyone(mine_B), proposal.everyone(proposal.log_rho_B)
+        for number in bucket.unique().tolist():
+            self.widths[number] = half_width(self.widths.get(number), log_rho[bucket == number], target)
         self.steps += 1
-        return bounds_filter(proposal, self.token_bounds, (math.exp(-self.width), math.exp(self.width)))
+        widths_B = torch.tensor([self.widths[number] for number in mine_B.tolist()], dtype=torch.float64).to(log_rho)
+        return window_filter(proposal, self.token_bounds, torch.stack([-widths_B, widths_B], 1).exp())
 
     def state(self) -> dict[str, float]:
-        """What `restore` takes; {} before the first step."""
-        return {} if self.width is None else {"width": self.width, "steps": self.steps}
+        """What `restore` takes."""
+        return {"steps": self.steps} | {f"width/{bucket}": width for bucket, width in self.widths.items()}
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue where a checkpoint was."""
-        if state:
-            self.width, self.steps = state["width"], int(state["steps"])
+        self.steps = int(state.get("steps", 0))
+        self.widths = {int(key.removeprefix("width/")): state[key] for key in state if key.startswith("width/")}

@@ -56,13 +56,14 @@ class Selection:
     """What a filter keeps.
 
     keep_N: [N] bool, the token test. multiplicity_B: [B] int64, how often each trajectory counts (0 = rejected).
-    log_rho_B: [B] float64, log of the trajectory ratio. window: the bounds on ρ̄, None if there were none.
+    log_rho_B: [B] float64, log of the trajectory ratio. window_B2: [B, 2] float64, the bounds on each trajectory's
+    ratio, None if there were none.
     """
 
     keep_N: Tensor
     multiplicity_B: Tensor
     log_rho_B: Tensor
-    window: Bounds | None = None
+    window_B2: Tensor | None = None
 
     def weights(self, offsets_B1: Tensor) -> Tensor:
         """Weight of each token in the actor's loss, [N] float32: 0, or its trajectory's multiplicity."""
@@ -80,7 +81,9 @@ class Filter(Protocol):
         """What a resumed run has to `restore`."""
         ...
 
-    def restore(self, state: dict[str, float]) -> None: ...
+    def restore(self, state: dict[str, float]) -> None:
+        """Continue where a checkpoint was; the state of another filter is ignored."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class FixedFilter:
         return {}
 
     def restore(self, state: dict[str, float]) -> None:
-        assert not state, "this filter has no state"
+        """Nothing to restore."""
 
 
 def bounds_filter(proposal: Proposal, token_bounds: Bounds, trajectory_bounds: Bounds) -> Selection:
@@ -105,9 +108,15 @@ def bounds_filter(proposal: Proposal, token_bounds: Bounds, trajectory_bounds: B
     ρ̄ counts all generated tokens, also those that the token test rejects. A ratio that is no number is rejected.
     Source: report eq. for the MIS-PO loss, §5.2.1.
     """
-    accepted_B = within(proposal.log_rho_B, trajectory_bounds)
-    keep_N = within(proposal.log_x_N, token_bounds)
-    return Selection(keep_N, accepted_B.long(), proposal.log_rho_B, trajectory_bounds)
+    window_2 = torch.tensor(trajectory_bounds, dtype=torch.float64, device=proposal.log_rho_B.device)
+    return window_filter(proposal, token_bounds, window_2.expand(len(proposal.log_rho_B), 2))
+
+
+def window_filter(proposal: Proposal, token_bounds: Bounds, window_B2: Tensor) -> Selection:
+    """`bounds_filter` with bounds of its own for each trajectory, [B, 2] float64."""
+    low_B, high_B = window_B2.log().unbind(1)
+    accepted_B = (proposal.log_rho_B >= low_B) & (proposal.log_rho_B <= high_B)
+    return Selection(within(proposal.log_x_N, token_bounds), accepted_B.long(), proposal.log_rho_B, window_B2)
 
 
 def token_only(proposal: Proposal, token_bounds: Bounds) -> Selection:

@@ -5,24 +5,31 @@ All functions take per-trajectory tensors [B] of the whole step (all ranks).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mispo.algorithm.filter import Selection
-from mispo.algorithm.segments import lengths_of, owner_of, segment_logsumexp, segment_sum
+from mispo.algorithm.segments import (
+    LENGTH_EDGES,
+    bucket_of,
+    lengths_of,
+    owner_of,
+    segment_logsumexp,
+    segment_sum,
+)
 
-LENGTH_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)
-"""Lower edges of the length buckets in mis/accept_len/*, in generated tokens."""
+FINEST, COARSEST, STEPS_PER_DECADE = -8, 2, 40
+"""Histogram of |log x|: from 1e-8 to 1e2 nats, 40 bins a decade, so that a quantile is off by less than 6 %."""
 
 
 @dataclass(frozen=True)
 class MismatchSums:
     """Per trajectory [B] float64: sums over its tokens, so that ranks can be put together.
 
-    log_x1_B and log_x2_B: log of Σ x and of Σ x², since the sums themselves may overflow.
+    log_x1_B and log_x2_B: log of Σ x and of Σ x², since the sums themselves may overflow. rollout_B: Σ −log π_rollout.
+    sizes_BH: histogram of |log x|.
     """
 
     k1_B: Tensor
@@ -32,6 +39,8 @@ class MismatchSums:
     max_abs_B: Tensor
     kept_B: Tensor
     lengths_B: Tensor
+    rollout_B: Tensor
+    sizes_BH: Tensor
 
 
 def mismatch_sums(
@@ -50,7 +59,23 @@ def mismatch_sums(
         max_abs_B=max_abs_B,
         kept_B=segment_sum(keep_N, offsets_B1),
         lengths_B=lengths_B.double(),
+        rollout_B=segment_sum(-rollout_logprobs_N, offsets_B1),
+        sizes_BH=_histogram(log_x_N.abs(), offsets_B1),
     )
+
+
+def _histogram(sizes_N: Tensor, offsets_B1: Tensor) -> Tensor:
+    bins = (COARSEST - FINEST) * STEPS_PER_DECADE
+    numbers_N = ((sizes_N.log10() - FINEST) * STEPS_PER_DECADE).nan_to_num(bins - 1, bins - 1, 0).clamp(0, bins - 1)
+    counts = torch.zeros((len(offsets_B1) - 1) * bins, dtype=torch.float64, device=sizes_N.device)
+    counts.index_add_(0, owner_of(offsets_B1) * bins + numbers_N.long(), torch.ones_like(sizes_N))
+    return counts.view(-1, bins)
+
+
+def _quantile(counts_H: Tensor, share: float) -> float:
+    """Upper edge of the bin in which the quantile lies; 0 for the finest one, where |log x| may be exactly 0."""
+    number = int(torch.searchsorted(counts_H.cumsum(0), counts_H.sum() * share))
+    return 10 ** (FINEST + (number + 1) / STEPS_PER_DECADE) if number else 0.0
 
 
 def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
@@ -58,7 +83,8 @@ def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
 
     KL(π_rollout ‖ π_old) in nats, by k1 = −log x (unbiased) and k3 = x − 1 − log x (≥ 0); χ²(π_old ‖ π_rollout) =
     mean x² − 1; the share ess = (Σx)²/(N·Σx²) of the samples that importance weighting would leave effective; the
-    largest |log x|; and the share of tokens that pass the token test.
+    largest |log x|, its median and 99th percentile; the perplexity of the samples under both policies; and the share
+    of tokens that pass the token test.
     """
     tokens = sums.lengths_B.sum().clamp_min(1)
     log_x1, log_x2 = sums.log_x1_B.logsumexp(0), sums.log_x2_B.logsumexp(0)
@@ -68,14 +94,19 @@ def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
         "mismatch/chi2": ((log_x2 - tokens.log()).exp() - 1).item(),
         "mismatch/ess": (2 * log_x1 - log_x2 - tokens.log()).exp().item(),
         "mismatch/max_abs": sums.max_abs_B.max().item(),
+        "mismatch/p50_abs": _quantile(sums.sizes_BH.sum(0), 0.5),
+        "mismatch/p99_abs": _quantile(sums.sizes_BH.sum(0), 0.99),
+        "mismatch/ppl_rollout": (sums.rollout_B.sum() / tokens).exp().item(),
+        "mismatch/ppl_old": ((sums.rollout_B + sums.k1_B).sum() / tokens).exp().item(),
         "mis/token_accept": (sums.kept_B.sum() / tokens).item(),
     }
 
 
-def acceptance_metrics(selection: Selection, lengths_B: Tensor, rewards_B: Tensor) -> dict[str, float]:
-    """Acceptance of trajectories: overall, by reward sign and by length; under a window also below and above it.
+def acceptance_metrics(selection: Selection, lengths_B: Tensor, rewards_B: Tensor, lags_B: Tensor) -> dict[str, float]:
+    """Acceptance of trajectories: overall, by reward sign, length and lag; under a window also below and above it.
 
-    Reward sign: above or not above the mean of the step. Buckets without a trajectory are left out.
+    Reward sign: above or not above the mean of the step. lags_B: actor updates that a trajectory's weights were behind
+    the trainer's. Buckets without a trajectory are left out.
     """
     accepted = (selection.multiplicity_B > 0).double()
     log_rho = selection.log_rho_B
@@ -87,16 +118,17 @@ def acceptance_metrics(selection: Selection, lengths_B: Tensor, rewards_B: Tenso
         "mis/rho_p05": quantiles[0].item(),
         "mis/rho_p95": quantiles[1].item(),
     }
-    if selection.window is not None:
-        low, high = (math.log(bound) for bound in selection.window)
-        metrics["mis/traj_reject_low"] = (log_rho < low).double().mean().item()
-        metrics["mis/traj_reject_high"] = (log_rho > high).double().mean().item()
-        metrics["mis/window_high"] = selection.window[1]
+    if selection.window_B2 is not None:
+        low_B, high_B = selection.window_B2.log().unbind(1)
+        metrics["mis/traj_reject_low"] = (log_rho < low_B).double().mean().item()
+        metrics["mis/traj_reject_high"] = (log_rho > high_B).double().mean().item()
+        metrics["mis/window_high"] = selection.window_B2[:, 1].max().item()
     for name, chosen in (("pos", better), ("neg", ~better)):
         if chosen.any():
             metrics[f"mis/accept_{name}"] = accepted[chosen].mean().item()
-    for edge, upper in zip(LENGTH_EDGES, (*LENGTH_EDGES[1:], math.inf), strict=True):
-        chosen = (lengths_B >= edge) & (lengths_B < upper)
-        if chosen.any():
-            metrics[f"mis/accept_len/{edge}"] = accepted[chosen].mean().item()
+    buckets = bucket_of(lengths_B)
+    for number in buckets.unique().tolist():
+        metrics[f"mis/accept_len/{LENGTH_EDGES[number]}"] = accepted[buckets == number].mean().item()
+    for lag in lags_B.unique().tolist():
+        metrics[f"mis/accept_lag/{int(lag)}"] = accepted[lags_B == lag].mean().item()
     return metrics

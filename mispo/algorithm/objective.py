@@ -28,7 +28,13 @@ class Samples:
 
     def at(self, places: Tensor, device: torch.device) -> Samples:
         """These tokens, in this order, on the device."""
-        return Samples(**{k: None if v is None else v[places].to(device) for k, v in vars(self).items()})
+        return Samples(
+            self.old_logprobs[places].to(device),
+            self.advantages[places].to(device),
+            self.weights[places].to(device),
+            self.included[places].to(device),
+            None if self.reference is None else self.reference[places].to(device),
+        )
 
     def reweighted(self, places: Tensor, weights: Tensor) -> Samples:
         """The same with other weights at some tokens."""

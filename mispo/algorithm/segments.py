@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LENGTH_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)
+"""Lower edges of the length buckets, in generated tokens."""
+
 Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks; the identity for one rank."""
 
@@ -19,6 +22,12 @@ def lengths_of(offsets_B1: Tensor) -> Tensor:
 def offsets_of(lengths_B: Tensor) -> Tensor:
     """Offsets [B+1] from tokens per trajectory [B]."""
     return torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
+
+
+def bucket_of(lengths_B: Tensor) -> Tensor:
+    """Number of the length bucket of each trajectory, [B] int64."""
+    edges = torch.tensor(LENGTH_EDGES[1:], dtype=lengths_B.dtype, device=lengths_B.device)
+    return torch.bucketize(lengths_B, edges, right=True)
 
 
 def owner_of(offsets_B1: Tensor) -> Tensor:

@@ -10,13 +10,18 @@ from mispo.config.schema import MispoConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("sdpa", "eager"),
-    "rollout.dtype": ("auto", "fp32", "bf16"),
+    "rollout.dtype": ("auto", "fp32", "bf16", "fp16"),
     "trainer.dtype": ("auto", "fp32", "bf16"),
     "algorithm.filter.name": ("bounds", "quantile", "metropolis", "random", "token_only", "none"),
     "algorithm.filter.ratio": ("trajectory", "mean"),
+    "algorithm.mask_policy": ("old", "current"),
+    "algorithm.loss": ("mispo", "ppo", "gspo", "cispo"),
+    "algorithm.correction": ("none", "tis", "icepop"),
+    "algorithm.advantage": ("gae", "group_std", "group_mean", "rloo"),
     "algorithm.whiten": ("batch", "none"),
     "algorithm.truncation": ("bootstrap", "zero", "mask"),
-    "algorithm.loss_norm": ("tokens", "accepted"),
+    "algorithm.loss_norm": ("tokens", "accepted", "sequence", "constant"),
+    "alarms.action": ("warn", "stop", "off"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 
@@ -33,6 +38,12 @@ AT_LEAST: dict[str, float] = {
     "rollout.slots": 1,
     "rollout.staleness": 0,
     "algorithm.filter.target_steps": 0,
+    "algorithm.kl": 0,
+    "algorithm.entropy": 0,
+    "algorithm.max_rounds": 1,
+    "algorithm.overlong.penalty": 0,
+    "alarms.patience": 1,
+    "critic.pretrain_steps": 0,
     "critic.warmup_steps": 0,
     "critic.head_init_std": 0,
     "trainer.steps": 0,
@@ -58,10 +69,41 @@ POSITIVE = (
     "reward.timeout_s",
     "rollout.temperature",
     "rollout.parity_tolerance",
+    "alarms.max_mismatch",
     "trainer.max_grad_norm",
 )
 
-SHARES = ("warm_start.terse_fraction", "reward.format_weight", "algorithm.lam")
+SHARES = (
+    "warm_start.terse_fraction",
+    "reward.format_weight",
+    "algorithm.lam",
+    "algorithm.overlong.share",
+    "alarms.min_acceptance",
+    "alarms.max_failed_rewards",
+    "critic.lam",
+)
+
+BELONGS: dict[str, tuple[str, tuple[object, ...]]] = {
+    "algorithm.filter.token_bounds": ("algorithm.filter.name", ("bounds", "quantile", "random", "token_only")),
+    "algorithm.filter.trajectory_bounds": ("algorithm.filter.name", ("bounds", "random")),
+    "algorithm.filter.target_acceptance": ("algorithm.filter.name", ("quantile",)),
+    "algorithm.filter.target_steps": ("algorithm.filter.name", ("quantile",)),
+    "algorithm.filter.by_length": ("algorithm.filter.name", ("quantile",)),
+    "algorithm.filter.ratio": ("algorithm.filter.name", ("metropolis",)),
+    "algorithm.clip": ("algorithm.loss", ("ppo", "gspo", "cispo")),
+    "algorithm.dual_clip": ("algorithm.loss", ("ppo",)),
+    "algorithm.correction_cap": ("algorithm.correction", ("tis",)),
+    "algorithm.correction_bounds": ("algorithm.correction", ("icepop",)),
+    "algorithm.max_rounds": ("algorithm.dynamic_sampling", (True,)),
+    "algorithm.gamma": ("algorithm.advantage", ("gae",)),
+    "algorithm.lam": ("algorithm.advantage", ("gae",)),
+    "critic.lam": ("algorithm.advantage", ("gae",)),
+    "critic.pretrain_steps": ("algorithm.advantage", ("gae",)),
+    "critic.warmup_steps": ("algorithm.advantage", ("gae",)),
+    "critic.value_clip": ("algorithm.advantage", ("gae",)),
+    "critic.train_on_truncated": ("algorithm.advantage", ("gae",)),
+}
+"""Key → (the key that decides whether it is read, at which values). Set without being read, it is an error."""
 
 
 def check_config(config: MispoConfig) -> None:
@@ -106,11 +148,58 @@ def _problems(config: MispoConfig) -> Iterator[str]:
         yield f"trainer.zero_stage: {config.trainer.zero_stage} is none of 0, 1, 2, 3"
     for name in ("token_bounds", "trajectory_bounds"):
         yield from _bounds(f"algorithm.filter.{name}", getattr(config.algorithm.filter, name))
+    yield from _bounds("algorithm.correction_bounds", config.algorithm.correction_bounds)
     target = config.algorithm.filter.target_acceptance
     if len(target) != 2 or not all(0 <= share <= 1 for share in target):
         yield f"algorithm.filter.target_acceptance: give two shares [first, last] in [0, 1], not {list(target)}"
     yield from _sources(config)
+    yield from _inert(config)
+    yield from _method(config)
     yield from _contradictions(config)
+
+
+def _inert(config: MispoConfig) -> Iterator[str]:
+    defaults = MispoConfig()
+    for key, (decider, values) in BELONGS.items():
+        chosen = value_of(config, decider)
+        if value_of(config, key) != value_of(defaults, key) and chosen not in values:
+            options = " or ".join(str(value) for value in values)
+            yield f"{key}: nobody reads it while {decider}={chosen}; leave it out, or set {decider}={options}"
+
+
+def _method(config: MispoConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.advantage != "gae":
+        if config.rollout.samples_per_prompt == 1:
+            yield (
+                f"algorithm.advantage: {algorithm.advantage} compares the samples of a prompt, but "
+                "rollout.samples_per_prompt is 1; raise it, or use gae"
+            )
+        if algorithm.truncation == "bootstrap":
+            yield (
+                f"algorithm.truncation: bootstrap asks a critic, which algorithm.advantage={algorithm.advantage} does "
+                "not have; use zero or mask"
+            )
+    if algorithm.overlong.share and algorithm.truncation == "bootstrap":
+        yield (
+            "algorithm.overlong.share: bootstrapping replaces the reward of a truncated completion, and the punishment "
+            "with it; set algorithm.truncation to zero or mask"
+        )
+    if algorithm.mask_policy == "current" and algorithm.filter.name not in ("bounds", "token_only"):
+        yield (
+            f"algorithm.mask_policy: current needs a filter that looks at each trajectory alone, bounds or token_only, "
+            f"not {algorithm.filter.name}"
+        )
+    if len(algorithm.clip) != 2 or not all(0 <= epsilon < math.inf for epsilon in algorithm.clip):
+        yield f"algorithm.clip: give two numbers [ε_low, ε_high] ≥ 0, not {list(algorithm.clip)}"
+    if algorithm.dual_clip is not None and not algorithm.dual_clip > 1:
+        yield f"algorithm.dual_clip: {algorithm.dual_clip} is not above 1; null switches it off"
+    if not algorithm.correction_cap > 0:
+        yield f"algorithm.correction_cap: {algorithm.correction_cap} is no positive number"
+    if algorithm.reference is not None and algorithm.kl == 0:
+        yield "algorithm.reference: nobody reads it while algorithm.kl=0; leave it out, or raise algorithm.kl"
+    if config.critic.value_clip is not None and not 0 < config.critic.value_clip < math.inf:
+        yield f"critic.value_clip: {config.critic.value_clip} is no positive number; null switches it off"
 
 
 def _bounds(key: str, bounds: Sequence[float]) -> Iterator[str]:

@@ -145,13 +145,15 @@ class AlgorithmConfig:
     """Whose ratios the filter looks at: old: π_old, once per step (report); current: π_θ anew before each mini-batch,
     for one more forward. Ours."""
     loss: str = "mispo"
-    """mispo: score function, no ratio (report §5.2.1); ppo; gspo: PPO's clip on trajectories; cispo: clipped weights."""
+    """mispo: score function, no ratio (report §5.2.1); ppo; gspo: PPO's clip on trajectories; cispo: clipped weights
+    of the score function."""
     clip: list[float] = field(default_factory=lambda: [0.2, 0.2])
     """ppo, gspo, cispo: π_θ/π_old is clipped to [1 − first, 1 + second] (PPO: 0.2 and 0.2)."""
     dual_clip: float | None = 3.0
     """ppo: where Â < 0 a token's loss is at most this times |Â|; > 1; None = off."""
     correction: str = "none"
-    """Weight of a token for the mismatch x = π_old/π_rollout: none; tis: min(x, cap); icepop: x inside bounds, else 0."""
+    """Weight of a token for the mismatch x = π_old/π_rollout: none; tis: min(x, cap); icepop: x inside the bounds,
+    else 0."""
     correction_cap: float = 2.0
     """tis: largest weight, > 0; .inf = plain importance weights."""
     correction_bounds: list[float] = field(default_factory=lambda: [0.5, 5.0])

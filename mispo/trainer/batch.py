@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,8 @@ class Batch:
     N = tokens that are scored: generated ones whose action mask is true. B = trajectories, S_b = P_b + T_b.
     ids: per trajectory [S_b]. columns: per trajectory, the positions whose outputs belong to its scored tokens:
     the log-prob of generated token t and the value V(s_t) are read at P + t − 1.
-    offsets_B1: joins tokens and trajectories. position_B: number within the step over all ranks; total: how many
+    offsets_B1: joins tokens and trajectories. rewards_B: the verifier's; penalties_B ≤ 0: added for the length.
+    position_B: number within the step over all ranks; total: how many
     there are over all ranks.
     included_B: false for trajectories that are left out everywhere (aborted, or truncated under `mask`).
     """
@@ -30,6 +31,7 @@ class Batch:
     offsets_B1: Tensor
     rollout_logprobs_N: Tensor
     rewards_B: Tensor
+    penalties_B: Tensor
     truncated_B: Tensor
     included_B: Tensor
     position_B: Tensor
@@ -43,13 +45,38 @@ class Batch:
         spans = [torch.arange(int(self.offsets_B1[b]), int(self.offsets_B1[b + 1])) for b in members]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
+    def part(self, members: Sequence[int]) -> Batch:
+        """These trajectories as a batch of their own; position and total stay those of the step."""
+        chosen = torch.tensor(list(members), dtype=torch.int64)
+        return Batch(
+            ids=[self.ids[b] for b in members],
+            columns=[self.columns[b] for b in members],
+            offsets_B1=self.offsets_of(members),
+            rollout_logprobs_N=self.rollout_logprobs_N[self.tokens_of(members)],
+            total=self.total,
+            **{
+                name: getattr(self, name)[chosen]
+                for name in ("rewards_B", "penalties_B", "truncated_B", "included_B", "position_B")
+            },
+        )
+
     def offsets_of(self, members: Sequence[int]) -> Tensor:
         """Offsets [b+1] of the tokens of these trajectories, laid out as `tokens_of` does."""
         return offsets_of(lengths_of(self.offsets_B1)[torch.tensor(list(members), dtype=torch.int64)])
 
 
-def pack(trajectories: Sequence[Trajectory], *, truncation: str, first: int, total: int) -> Batch:
-    """Lay this rank's trajectories out flat; they are numbers first, first+1, … of `total` in the step."""
+def pack(
+    trajectories: Sequence[Trajectory],
+    *,
+    truncation: str,
+    first: int,
+    total: int,
+    penalty: Callable[[int], float] = lambda length: 0.0,
+) -> Batch:
+    """Lay this rank's trajectories out flat; they are numbers first, first+1, … of `total` in the step.
+
+    penalty: of a completion's number of tokens.
+    """
     columns, logprobs = [], []
     for trajectory in trajectories:
         scored = trajectory.action_mask.nonzero()[:, 0]
@@ -62,6 +89,7 @@ def pack(trajectories: Sequence[Trajectory], *, truncation: str, first: int, tot
         offsets_B1=offsets_of(torch.tensor([len(c) for c in columns], dtype=torch.int64)),
         rollout_logprobs_N=torch.cat(logprobs) if logprobs else torch.empty(0),
         rewards_B=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+        penalties_B=torch.tensor([penalty(len(t)) for t in trajectories], dtype=torch.float32),
         truncated_B=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
         included_B=~torch.tensor(left_out, dtype=torch.bool),
         position_B=torch.arange(first, first + len(trajectories)),

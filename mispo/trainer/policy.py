@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

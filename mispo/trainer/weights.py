@@ -107,6 +107,7 @@ def score_texts(actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temp
         offsets_B1=torch.tensor([0, *lengths]).cumsum(0),
         rollout_logprobs_N=torch.zeros(sum(lengths)),
         rewards_B=torch.zeros(len(pairs)),
+        penalties_B=torch.zeros(len(pairs)),
         truncated_B=torch.zeros(len(pairs), dtype=torch.bool),
         included_B=torch.ones(len(pairs), dtype=torch.bool),
         position_B=torch.arange(len(pairs)),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mispo.algorithm.metrics import acceptance_metrics, mismatch_metrics, mismatch_sums
 from ragged import proposal
 
 import mispo.algorithm
 from mispo.algorithm.filter import bounds_filter, keep_all
-from mispo.algorithm.metrics import acceptance_metrics, mismatch_metrics, mismatch_sums
 
 BOUNDS = (0.996, 1.001)
 

@@ -1,0 +1,114 @@
+"""Alarms: signs in a step's metrics that a run has gone wrong, with a likely cause and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mispo.config.schema import MispoConfig
+from mispo.monitor.rows import Row
+
+CONSTANT_CRITIC = 0.01
+"""Explained variance below which a critic that bootstraps knows nothing about the returns."""
+
+BOOTSTRAP_GAP = 0.25
+"""Share of the reward's range by which bootstrapped and finished returns may differ on average."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """name: as in `alarm/<name>`. text: metric and value, suspected cause, advice."""
+
+    name: str
+    text: str
+
+
+@dataclass
+class Alarms:
+    """Counts in how many steps in a row each sign was seen; tells once when `patience` is reached."""
+
+    config: MispoConfig
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def check(self, metrics: Row) -> list[Alarm]:
+        """Alarms that are due after this step."""
+        if self.config.alarms.action == "off":
+            return []
+        due = []
+        for name, rule in RULES.items():
+            text = rule(metrics, self.config)
+            self.seen[name] = self.seen.get(name, 0) + 1 if text else 0
+            if text and self.seen[name] == self.config.alarms.patience:
+                due.append(Alarm(name, f"{text} (for {self.seen[name]} steps)"))
+        return due
+
+
+def acceptance(metrics: Row, config: MispoConfig) -> str | None:
+    """The filter rejects nearly everything, so the actor stands still or follows a few odd samples."""
+    accepted, least = metrics["mis/traj_accept"] * metrics["mis/token_accept"], config.alarms.min_acceptance
+    if accepted >= least:
+        return None
+    return f"mis/traj_accept: {accepted:.2%} of the samples accepted, less than {least:.2%}. {mismatch_cause(config)}"
+
+
+def mismatch(metrics: Row, config: MispoConfig) -> str | None:
+    """Rollout and trainer are two policies."""
+    if metrics["mismatch/k3"] <= config.alarms.max_mismatch:
+        return None
+    return (
+        f"mismatch/k3: {metrics['mismatch/k3']:.3g} nats per token between rollout and trainer, more than "
+        f"{config.alarms.max_mismatch:g}. {mismatch_cause(config)}"
+    )
+
+
+def mismatch_cause(config: MispoConfig) -> str:
+    """The likeliest cause of a mismatch that the settings admit, and the remedy."""
+    rollout = config.rollout
+    if rollout.staleness:
+        return (
+            f"Suspected: stale weights (rollout.staleness={rollout.staleness}); lower it or trainer.actor_lr, or widen "
+            "the window (algorithm=mispo_quantile follows the run)"
+        )
+    if rollout.dtype != config.trainer.dtype or "bf16" in rollout.dtype or "fp16" in rollout.dtype:
+        return (
+            f"Suspected: precision (rollout.dtype={rollout.dtype}, trainer.dtype={config.trainer.dtype}); use the same "
+            "in both, or fp32"
+        )
+    if rollout.temperature != 1:
+        return f"Suspected: temperature (rollout.temperature={rollout.temperature:g}); try 1"
+    return "Suspected: precision or the rollout engine; look at sync/mean_abs, and try rollout.dtype=fp32"
+
+
+def critic(metrics: Row, config: MispoConfig) -> str | None:
+    """The critic has drifted to a constant, fed by its own bootstrapped targets."""
+    needed = ("critic/vf_explained_var", "trunc/bootstrap_mean", "reward/finished_mean")
+    if config.algorithm.truncation != "bootstrap" or any(metrics.get(key) is None for key in needed):
+        return None
+    explained, bootstrap, finished = (metrics[key] for key in needed)
+    spread = metrics["reward/high"] - metrics["reward/low"]
+    if not (explained < CONSTANT_CRITIC and abs(bootstrap - finished) > BOOTSTRAP_GAP * spread):
+        return None
+    return (
+        f"critic/vf_explained_var: {explained:.3f}, while truncated trajectories return {bootstrap:.3f} and finished "
+        f"ones {finished:.3f}. Suspected: the critic drifts on its own bootstrapped targets; raise "
+        "rollout.max_new_tokens or critic.warmup_steps, or set algorithm.truncation=zero"
+    )
+
+
+def rewards(metrics: Row, config: MispoConfig) -> str | None:
+    """The verifier fails on most completions."""
+    if metrics["reward/failed"] <= config.alarms.max_failed_rewards:
+        return None
+    return (
+        f"reward/failed: the verifier failed on {metrics['reward/failed']:.0%} of the completions (error, timeout, or "
+        "a value that is no number or outside of its declared range), which count as its lowest reward. The messages "
+        "are in rollouts/step_N.parquet, column message; look at reward.name and reward.timeout_s"
+    )
+
+
+RULES: Mapping[str, Callable[[Row, MispoConfig], str | None]] = {
+    "acceptance": acceptance,
+    "mismatch": mismatch,
+    "critic": critic,
+    "rewards": rewards,
+}
