@@ -8,11 +8,13 @@ advantage. x = π_old/π_rollout is the filter's and the correction's business; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mispo.algorithm.filter import within
 from mispo.algorithm.segments import owner_of, segment_mean
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -114,14 +116,13 @@ def no_correction(log_x_N: Tensor) -> Tensor:
 
 def truncated_importance(log_x_N: Tensor, cap: float) -> Tensor:
     """TIS: min(x, C), x = π_old/π_rollout, [N] (the truncated weight of Ionides 2008, per token). 0 where x is NaN."""
-    capped_N = log_x_N.clamp(max=torch.tensor(cap, dtype=log_x_N.dtype).log().item()).exp()
+    capped_N = log_x_N.clamp(max=math.log(cap)).exp()
     return capped_N.nan_to_num(0.0)
 
 
 def icepop(log_x_N: Tensor, bounds: tuple[float, float]) -> Tensor:
     """IcePop: x inside of the bounds, 0 outside, x = π_old/π_rollout, [N] (Ring-1T report, arXiv 2510.18855)."""
-    low, high = torch.tensor(bounds, dtype=log_x_N.dtype).log().tolist()
-    inside_N = (log_x_N >= low) & (log_x_N <= high)
+    inside_N = within(log_x_N, bounds)
     return torch.where(inside_N, torch.where(inside_N, log_x_N, 0.0).exp(), 0.0)
 
 

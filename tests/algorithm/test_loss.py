@@ -5,9 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ragged import Ragged, proposal, ragged
+from torch import Tensor
 
 from mispo.algorithm.filter import bounds_filter
 from mispo.algorithm.loss import critic_loss, mispo_loss
+
+
+def mispo(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """The sum; neither π_old nor the offsets matter."""
+    nowhere = torch.full_like(logprobs, torch.nan)
+    return mispo_loss(logprobs, nowhere, advantages, weights, torch.tensor([0, len(logprobs)]))[0]
 
 
 @given(batch=ragged)
@@ -27,7 +34,7 @@ def test_the_loss_is_a_sum_over_kept_tokens_of_accepted_trajectories(batch: Ragg
             expected -= counts * advantage * logp / tokens
             gradient.append(-counts * advantage / tokens)
 
-    loss = mispo_loss(logprobs, advantages, chosen.weights(batch.offsets), torch.tensor(float(tokens)))
+    loss = mispo(logprobs, advantages, chosen.weights(batch.offsets)) / tokens
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert logprobs.grad is not None
@@ -37,7 +44,7 @@ def test_the_loss_is_a_sum_over_kept_tokens_of_accepted_trajectories(batch: Ragg
 def test_a_rejected_token_has_gradient_exactly_0_even_where_its_logprob_is_infinite() -> None:
     logits = torch.tensor([[0.0, 0.0], [0.0, -torch.inf], [0.0, 1.0]], requires_grad=True)
     logprobs = logits.log_softmax(-1)[torch.arange(3), torch.tensor([0, 1, 1])]
-    loss = mispo_loss(logprobs, torch.tensor([1.0, 5.0, torch.inf]), torch.tensor([1.0, 0.0, 0.0]), torch.tensor(3.0))
+    loss = mispo(logprobs, torch.tensor([1.0, 5.0, torch.inf]), torch.tensor([1.0, 0.0, 0.0])) / 3
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert gradient.tolist() == [pytest.approx(-1 / 3), 0.0, 0.0]
     assert torch.isfinite(loss)
@@ -45,7 +52,7 @@ def test_a_rejected_token_has_gradient_exactly_0_even_where_its_logprob_is_infin
 
 def test_a_multiplicity_counts_a_trajectory_that_often() -> None:
     logprobs, ones = torch.tensor([-1.0, -2.0]), torch.ones(2)
-    loss = mispo_loss(logprobs, ones, torch.tensor([3.0, 1.0]), torch.tensor(2.0))
+    loss = mispo(logprobs, ones, torch.tensor([3.0, 1.0])) / 2
     assert loss.item() == pytest.approx((3 * 1 + 1 * 2) / 2)
 
 
@@ -53,7 +60,7 @@ def test_no_importance_weight_and_no_clip() -> None:
     """The gradient of an accepted token is −Â/D wherever the current policy has moved to."""
     for moved in (-5.0, 0.0, 5.0):
         logprob = torch.tensor([-1.0 + moved], requires_grad=True)
-        mispo_loss(logprob, torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor(4.0)).backward()
+        (mispo(logprob, torch.tensor([2.0]), torch.tensor([1.0])) / 4).backward()
         assert logprob.grad is not None
         assert logprob.grad.item() == -0.5
 
@@ -62,10 +69,9 @@ def test_no_importance_weight_and_no_clip() -> None:
 def test_microbatches_add_up(batch: Ragged, cut: float) -> None:
     logprobs, advantages = batch.tokens("logprobs"), batch.tokens("advantages")
     weights = (batch.tokens("weights") > 0).float()
-    total = torch.tensor(float(max(len(logprobs), 1)))
     place = int(cut * len(logprobs))
-    parts = [mispo_loss(logprobs[s], advantages[s], weights[s], total) for s in (slice(place), slice(place, None))]
-    assert torch.allclose(sum(parts), mispo_loss(logprobs, advantages, weights, total), atol=1e-5)
+    parts = [mispo(logprobs[s], advantages[s], weights[s]) for s in (slice(place), slice(place, None))]
+    assert torch.allclose(sum(parts), mispo(logprobs, advantages, weights), atol=1e-4)
 
 
 @given(batch=ragged)
@@ -73,7 +79,7 @@ def test_the_critic_loss_is_a_mean_of_squares_over_what_is_included(batch: Ragge
     values = batch.tokens("values").requires_grad_()
     targets, included = batch.tokens("targets"), batch.tokens("included") > 0
     count = max(int(included.sum()), 1)
-    loss = critic_loss(values, targets, included, torch.tensor(float(count)))
+    loss = critic_loss(values, targets, targets, included, torch.tensor(float(count)), None)
     loss.backward()
     expected, gradient = 0.0, []
     for v, r, i in zip(values.tolist(), targets.tolist(), included.tolist(), strict=True):

@@ -113,7 +113,9 @@ def test_the_controller_reaches_its_target_and_follows_its_schedule() -> None:
         log_x = torch.randn(400, generator=generator, dtype=torch.float64) * 0.004
         chosen = filter_(proposal(log_x, torch.zeros(400, dtype=torch.float64), torch.arange(401)))
         accepted.append(chosen.multiplicity_B.double().mean().item())
-        assert chosen.window == (pytest.approx(math.exp(-filter_.width)), pytest.approx(math.exp(filter_.width)))
+        assert chosen.window_B2 is not None
+        width = filter_.widths[0]
+        assert chosen.window_B2[0].tolist() == pytest.approx([math.exp(-width), math.exp(width)])
     assert accepted[0] == pytest.approx(0.4, abs=0.01)
     assert sum(accepted[-40:]) / 40 == pytest.approx(0.2, abs=0.02)
 
@@ -129,6 +131,19 @@ def test_a_restored_controller_goes_on_as_if_nothing_had_been() -> None:
         part = first if number < 3 else second
         for filter_ in (straight, part):
             filter_(proposal(log_x, torch.zeros_like(log_x), torch.arange(51)))
-        widths.append((straight.width, part.width))
+        widths.append((straight.state(), part.state()))
     assert all(a == b for a, b in widths)
-    assert QuantileFilter((0.5, 2.0), (0.4, 0.2), 4).state() == {}
+
+
+def test_a_controller_by_length_gives_each_bucket_its_own_window() -> None:
+    """Short traces scatter more: one window would take the long ones only."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([4] * 100 + [100] * 100)
+    log_x = torch.randn(int(lengths.sum()), generator=generator, dtype=torch.float64) * 0.01
+    batch = proposal(log_x, torch.zeros_like(log_x), torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+    shares = {}
+    for by_length in (False, True):
+        accepted = QuantileFilter((0.5, 2.0), (0.5, 0.5), 1, by_length)(batch).multiplicity_B.double()
+        shares[by_length] = (accepted[:100].mean().item(), accepted[100:].mean().item())
+    assert shares[True] == (pytest.approx(0.5, abs=0.02), pytest.approx(0.5, abs=0.02))
+    assert shares[False][1] - shares[False][0] > 0.5

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mispo.algorithm.metrics import acceptance_metrics, mismatch_metrics, mismatch_sums
 from ragged import proposal
 
 import mispo.algorithm
 from mispo.algorithm.filter import bounds_filter, keep_all
+from mispo.algorithm.mismatch import acceptance_metrics, mismatch_metrics, mismatch_sums
 
 BOUNDS = (0.996, 1.001)
 
@@ -20,8 +20,10 @@ def test_acceptance_is_split_by_side_reward_and_length() -> None:
     lengths = torch.tensor([20, 20, 4, 100])
     offsets = torch.tensor([0, 20, 40, 44, 144])
     chosen = bounds_filter(proposal(log_x, torch.zeros(144), offsets), (0.5, 2.0), BOUNDS)
-    metrics = acceptance_metrics(chosen, lengths, torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    metrics = acceptance_metrics(chosen, lengths, torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 2, 2]))
     assert metrics["mis/traj_accept"] == 0.5
+    assert metrics["mis/accept_lag/0"] == 0.0
+    assert metrics["mis/accept_lag/2"] == 1.0
     assert metrics["mis/traj_reject_low"] == 0.25
     assert metrics["mis/traj_reject_high"] == 0.25
     assert metrics["mis/accept_pos"] == 0.5
@@ -36,16 +38,15 @@ def test_acceptance_is_split_by_side_reward_and_length() -> None:
 
 
 def test_without_a_window_there_is_no_low_and_no_high() -> None:
-    metrics = acceptance_metrics(
-        keep_all(proposal(torch.ones(2), torch.zeros(2), torch.tensor([0, 1, 2]))), torch.ones(2), torch.ones(2)
-    )
+    everything = keep_all(proposal(torch.ones(2), torch.zeros(2), torch.tensor([0, 1, 2])))
+    metrics = acceptance_metrics(everything, torch.ones(2), torch.ones(2), torch.zeros(2))
     assert metrics["mis/traj_accept"] == 1.0
     assert not {"mis/traj_reject_low", "mis/traj_reject_high", "mis/window_high"} & set(metrics)
 
 
 def test_equal_rewards_leave_out_the_better_ones() -> None:
     chosen = bounds_filter(proposal(torch.zeros(2), torch.zeros(2), torch.tensor([0, 1, 2])), (0.5, 2.0), BOUNDS)
-    metrics = acceptance_metrics(chosen, torch.ones(2), torch.ones(2))
+    metrics = acceptance_metrics(chosen, torch.ones(2), torch.ones(2), torch.zeros(2))
     assert "mis/accept_pos" not in metrics
     assert metrics["mis/accept_neg"] == 1.0
 
@@ -65,6 +66,10 @@ def test_mismatch_follows_its_formulas() -> None:
     assert metrics["mismatch/chi2"] == pytest.approx(sum(v * v for v in x) / 3 - 1)
     assert metrics["mismatch/ess"] == pytest.approx(sum(x) ** 2 / (3 * sum(v * v for v in x)))
     assert metrics["mismatch/max_abs"] == pytest.approx(0.2)
+    assert metrics["mismatch/ppl_rollout"] == pytest.approx(1.0)
+    assert metrics["mismatch/ppl_old"] == pytest.approx(math.exp(0.1 / 3))
+    assert metrics["mismatch/p50_abs"] == pytest.approx(0.1, rel=0.06)
+    assert metrics["mismatch/p99_abs"] == pytest.approx(0.2, rel=0.06)
     assert metrics["mis/token_accept"] == pytest.approx(2 / 3)
     assert sums.max_abs_B.tolist() == pytest.approx([0.2, 0.0])
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mispo.algorithm.loss import mispo_loss
+from mispo.algorithm.objective import Objective, Samples
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.batch import pack
 from mispo.trainer.checkpoint import (
@@ -100,18 +102,18 @@ def main() -> None:
     updates = []
     for number in range(int(rounds)):
         seed = number + actor.updates * 100
-        updates += update_critic(critic, batch, advantages, included, parts=3, token_budget=100, seed=seed)
+        updates += update_critic(
+            critic, batch, advantages, advantages, included, parts=3, token_budget=100, seed=seed, value_clip=None
+        )
         updates += update_actor(
             actor,
             batch,
-            advantages,
-            weights,
-            included,
+            Samples(torch.zeros(tokens), advantages, weights, included),
+            Objective(mispo_loss, "tokens", 30, 0.0, 0.0),
             parts=2,
             token_budget=100,
             seed=seed,
             temperature=1.0,
-            loss_norm="tokens",
             after_update=lambda: None,
         )
     sync.publish()

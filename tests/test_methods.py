@@ -1,0 +1,61 @@
+"""Every method trains the micro model for three steps, through the command line."""
+
+from pathlib import Path
+
+import pytest
+from runs import mispo, rows_of, train
+
+OTHERS = ("ppo", "tis", "icepop", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_method_trains(tmp_path: Path, name: str) -> None:
+    options = [f"algorithm={name}", "trainer.steps=3", "rollout.staleness=4", "trainer.actor_lr=1e-4"]
+    rows = train(tmp_path / "run", *options)
+    critic = name in ("ppo", "tis", "icepop")
+    for row in rows[1:]:
+        assert row["actor/updates"] == 4.0
+        assert row["actor/grad_norm"] > 0
+        assert ("critic/loss" in row) == critic
+        assert row["mis/traj_accept"] == 1.0
+    assert (tmp_path / "run/checkpoints/step_3/critic.safetensors").exists() == critic
+    assert rows[3]["mismatch/k3"] > 1e-6
+    if name == "dapo":
+        assert rows[1]["rollout/rounds"] >= 1
+        assert rows[1]["rollout/filled"] == 0
+
+
+def test_a_run_without_a_critic_resumes_and_holds_to_its_reference(tmp_path: Path) -> None:
+    options = ("algorithm=grpo", "algorithm.kl=0.05", "algorithm.entropy=0.001", "trainer.actor_lr=3e-4")
+    whole = train(tmp_path / "whole", *options, "trainer.steps=3", "checkpoint.every=2")
+    train(tmp_path / "parts", *options, "trainer.steps=2", "checkpoint.every=2")
+    parts = train(tmp_path / "parts", "trainer.steps=3", resume=True)
+    assert whole[1]["actor/kl_ref"] < whole[3]["actor/kl_ref"]
+    for key in ("actor/kl_ref", "actor/loss", "reward/mean"):
+        assert parts[3][key] == whole[3][key]
+
+
+def test_the_current_mask_rejects_what_the_old_one_keeps(tmp_path: Path) -> None:
+    """On policy π_old accepts all; π_θ has left π_rollout after the first of four mini-batches."""
+    options = ["trainer.steps=2", "trainer.actor_lr=1e-2", "trainer.actor_warmup_updates=0"]
+    old = train(tmp_path / "old", *options)
+    current = train(tmp_path / "current", *options, "algorithm.mask_policy=current")
+    assert old[1]["actor/updates"] == 4.0
+    assert current[1]["actor/updates"] + current[1]["mis/empty_minibatches"] == 4.0
+    assert current[1]["actor/loss"] != old[1]["actor/loss"]
+
+
+def test_an_alarm_names_its_cause_and_can_stop_the_run(tmp_path: Path) -> None:
+    done = mispo(
+        *("train", "recipe=smoke", "tracking.wandb=disabled", f"run_dir={tmp_path / 'run'}", "warm_start.steps=5"),
+        *("rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "data.eval_size=8", "rollout.staleness=4"),
+        *("trainer.actor_lr=1e-2", "algorithm.filter.trajectory_bounds=[1.0,1.0]"),
+        *("alarms.action=stop", "alarms.patience=1", "critic.pretrain_steps=1"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "critic pre-training 1/1" in done.stdout
+    assert "alarms.action=stop: mis/traj_accept: 0.00% of the samples accepted" in done.stderr
+    assert "Suspected: stale weights (rollout.staleness=4)" in done.stderr
+    last = rows_of(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step_{last}").is_dir()
