@@ -11,10 +11,10 @@ from mispo.run import Run
 from rollouts.trajectory import Trajectory
 from rollouts.worker import grade
 
-Timer = Callable[[str], AbstractContextManager[None]]
+Phases = Callable[[str], AbstractContextManager[None]]
 
 
-def collect(run: Run, step: int, timer: Timer) -> tuple[list[Trajectory], dict[str, float]]:
+def collect(run: Run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[str, float]]:
     """This rank's share of the step's prompts, each sampled samples_per_prompt times and graded; and metrics.
 
     Under algorithm.dynamic_sampling prompts whose samples all got the same reward are replaced by further ones, for at

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from mispo.config.load import changed_keys
+from mispo.config.objective import objective
 from mispo.config.schema import MispoConfig
 from mispo.monitor.console import make_console
 from mispo.trainer.policy import compute_dtype
@@ -24,10 +25,11 @@ UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_plan(config: MispoConfig, directory: Path) -> None:
-    """The resolved config, what differs from the defaults, batch arithmetic, memory plan."""
+    """The resolved config, what differs from the defaults, the objective, batch arithmetic, memory plan."""
     console = make_console()
     console.print(OmegaConf.to_yaml(OmegaConf.structured(config)), markup=False, highlight=False)
     _section(console, "Not the default", [(key, str(value)) for key, value in changed_keys(config).items()])
+    console.print(f"{objective(config)}\n", highlight=False, markup=False, soft_wrap=True)
     _section(console, "Batches", batch_arithmetic(config))
     _section(console, "Memory per rank", memory_plan(config))
     console.print(f"would write to {directory}", markup=False, highlight=False, soft_wrap=True)
@@ -44,7 +46,10 @@ def batch_arithmetic(config: MispoConfig) -> list[tuple[str, str]]:
             f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt} = {total}",
         )
     ]
-    for name, parts in (("actor", trainer.actor_minibatches), ("critic", trainer.critic_minibatches)):
+    parts_of = {"actor": trainer.actor_minibatches}
+    if config.algorithm.advantage == "gae":
+        parts_of["critic"] = trainer.critic_minibatches
+    for name, parts in parts_of.items():
         small, large = total // parts, -(-total // parts)
         each = str(small) if small == large else f"{small} or {large}"
         rows.append((f"{name} mini-batches", f"{parts} of {each} trajectories, each used once"))
@@ -75,9 +80,13 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
     rollout_bytes = compute_dtype(config.rollout.dtype, device).itemsize
     text = shape.get_text_config()
     tokens = config.trainer.tokens_per_microbatch
+    trained = ["actor", "critic"] if config.algorithm.advantage == "gae" else ["actor"]
+    states = len(trained) * count * (weights + grads + adam)
+    reference = [("reference policy", f"{size(4 * count)} (algorithm.kl, a whole copy)")] if config.algorithm.kl else []
     return [
-        ("parameters", f"{count / 1e6:.2f} M, and about as many again for the critic"),
-        ("actor + critic", f"{size(2 * count * (weights + grads + adam))} (fp32 weights, gradients, Adam)"),
+        ("parameters", f"{count / 1e6:.2f} M{', and about as many again for the critic' if len(trained) > 1 else ''}"),
+        (" + ".join(trained), f"{size(states)} (fp32 weights, gradients, Adam)"),
+        *reference,
         ("rollout copy", f"{size(count * rollout_bytes)}"),
         ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
         ("logits of a micro-batch", f"{size(tokens * text.vocab_size * 4 * 3)} (with softmax and gradient)"),

@@ -91,8 +91,8 @@ def cispo_loss(
     kept_n = weights_n > 0
     ratio_n = torch.where(kept_n, logprobs_n.detach() - old_logprobs_n, 0.0).exp()
     bounded_n = ratio_n.clamp(1 - clip[0], 1 + clip[1])
-    coefficients_n = torch.where(kept_n, -weights_n * bounded_n * advantages_n, 0.0)
-    return (coefficients_n * torch.where(kept_n, logprobs_n, 0.0)).sum(), (kept_n & (ratio_n != bounded_n)).sum()
+    total, _ = mispo_loss(logprobs_n, old_logprobs_n, advantages_n, weights_n * bounded_n, offsets_b1)
+    return total, (kept_n & (ratio_n != bounded_n)).sum()
 
 
 def _clipped_sum(

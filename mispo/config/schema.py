@@ -189,7 +189,8 @@ class AlgorithmConfig:
 
 @dataclass
 class CriticConfig:
-    """The value model: its own copy of the policy's backbone with a scalar head. Methods without one ignore it."""
+    """The value model: its own copy of the policy's backbone with a scalar head. Methods without one refuse what is
+    set here."""
 
     pretrain_steps: int = 0
     """Rollouts of the initial policy, each as large as a step's, on whose Monte-Carlo returns the critic learns before

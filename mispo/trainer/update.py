@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mispo.algorithm.loss import critic_loss
 from mispo.algorithm.objective import Objective, Samples, Scale
+from mispo.algorithm.segments import segment_sum
 from mispo.trainer.batch import Batch, microbatches, minibatches, model_input
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.scoring import equal_count
@@ -93,8 +94,8 @@ def update_actor(
                 sums[name] = sums.get(name, 0) + value.detach().double().cpu()
             return share
 
-        seen = objective.everywhere
-        needed = [b for b in members if seen or bool((samples.weights[batch.tokens_of([b])] > 0).any())]
+        kept_B = segment_sum(samples.weights > 0, batch.offsets_B1)
+        needed = [b for b in members if objective.everywhere or kept_B[b] > 0]
         update = _run(actor, batch, needed, token_budget, loss)
         update = replace(update, stats={name: actor.ranks.sum(sums[name]).item() for name in sorted(sums)})
         updates.append(update)

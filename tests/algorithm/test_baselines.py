@@ -45,7 +45,7 @@ def gspo(r: float, s: float, advantage: float) -> tuple[float, float]:
     return clipped(s, advantage, 0.9, 1.2)
 
 
-def single(logprobs: Tensor, batch: Ragged, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(logprobs: Tensor, batch: Ragged) -> tuple[Tensor, Tensor, Tensor]:
     """π_old, Â and weights of which some are 0."""
     old = logprobs.detach() + batch.tokens("old", 0.7)
     return old, batch.tokens("advantages").double(), batch.tokens("weights").clamp_min(0).double()
@@ -62,7 +62,7 @@ def single(logprobs: Tensor, batch: Ragged, name: str) -> tuple[Tensor, Tensor, 
 @given(batch=ragged)
 def test_clipped_losses_and_their_gradients(loss: PolicyLoss, oracle: Coefficient, batch: Ragged) -> None:
     logprobs = (batch.tokens("logprobs").double() - 2).requires_grad_()
-    old, advantages, weights = single(logprobs, batch, "clip")
+    old, advantages, weights = inputs(logprobs, batch)
     total, _ = loss(logprobs, old, advantages, weights, batch.offsets)
     total.backward()
     expected, gradient = 0.0, []
@@ -81,7 +81,7 @@ def test_clipped_losses_and_their_gradients(loss: PolicyLoss, oracle: Coefficien
 @given(batch=ragged)
 def test_cispo_bounds_the_weight_and_keeps_the_gradient(batch: Ragged) -> None:
     logprobs = (batch.tokens("logprobs").double() - 2).requires_grad_()
-    old, advantages, weights = single(logprobs, batch, "cispo")
+    old, advantages, weights = inputs(logprobs, batch)
     total, count = cispo_loss(logprobs, old, advantages, weights, batch.offsets, clip=(1.0, 0.5))
     total.backward()
     gradient, beyond = [], 0
