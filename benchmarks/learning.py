@@ -3,25 +3,23 @@
     python benchmarks/learning.py [--seeds 0,1,2,3,4] [--runs runs/learning]
 
 Runs what is missing under --runs, two processes of one thread each, and reads the table from the runs' own
-metrics.jsonl. About an hour on two cores. Runs of an older commit are not told apart: delete them first.
+metrics.jsonl. About an hour on two cores. Delete the runs of an older commit first.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from running import Job, train_all
 from writing import table, write_results
 
 from mispo.monitor.rows import read_rows
 
-JOBS = 2
+AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     jobs = [(arm, seed, options.runs / f"{arm.name.replace(' ', '_')}-{seed}") for arm in ARMS for seed in seeds]
-    with ThreadPoolExecutor(JOBS) as executor:
-        list(executor.map(lambda job: run(*job), jobs))
+    train_all([Job(directory, (*arm.overrides, f"seed={seed}")) for arm, seed, directory in jobs], AT_ONCE)
     rows = [row_of(arm, seed, read_rows(directory / "metrics.jsonl")) for arm, seed, directory in jobs]
     header = ("arm", "seed", "greedy", "sampled", "tokens", "accepted", "lowest", "forced careful", "guess", "met")
     body = (
@@ -60,23 +57,6 @@ def main() -> None:
         "quickstart and ≤ 0.45 for permuted rewards.\n\n" + table(header, rows)
     )
     sys.stdout.write(f"{write_results('learning', 'Learning on the quickstart', body, threads=1)}\n")
-
-
-def run(arm: Arm, seed: int, directory: Path) -> None:
-    """Train unless the run is there and whole."""
-    if (directory / "report.html").exists():
-        return
-    command = [sys.executable, "-m", "mispo.cli", "train", *arm.overrides, f"seed={seed}", f"run_dir={directory}"]
-    log = directory.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        subprocess.run(
-            [*command, "tracking.wandb=disabled"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
 
 
 def row_of(arm: Arm, seed: int, rows: list[dict[str, Any]]) -> list[str]:

@@ -151,7 +151,8 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
 
 def _remove_if_unused(directory: Path) -> None:
     """A run that never began leaves no directory behind, unless there was something in it before."""
-    if int(os.environ.get("RANK", "0")) == 0 and {path.name for path in directory.iterdir()} == {"config.yaml"}:
+    ours = {"config.yaml", "reference"}
+    if int(os.environ.get("RANK", "0")) == 0 and {path.name for path in directory.iterdir()} <= ours:
         shutil.rmtree(directory)
 
 

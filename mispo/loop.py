@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -148,7 +148,7 @@ def groups(run: Run, batch: Batch) -> Tensor:
 
 
 def select(run: Run, batch: Batch, logprobs_N: Tensor, step: int) -> Selection:
-    """What the filter keeps, by the log-probs of the target policy: π_old, once for all updates of the step."""
+    """What filter and correction keep, by the log-probs of the target policy: π_old, once for all updates of a step."""
     proposal = Proposal(
         old_logprobs_N=logprobs_N,
         rollout_logprobs_N=batch.rollout_logprobs_N,
@@ -158,7 +158,8 @@ def select(run: Run, batch: Batch, logprobs_N: Tensor, step: int) -> Selection:
         seed=run.step_seed("filter", step),
         everyone=lambda x_B: run.ranks.gather(x_B, batch.position_B, batch.total),
     )
-    return run.method.filter(proposal)
+    selection = run.method.filter(proposal)
+    return replace(selection, keep_N=selection.keep_N & (run.method.correct(proposal.log_x_N) > 0))
 
 
 def weigh(run: Run, batch: Batch, selection: Selection, old_logprobs_N: Tensor, included_N: Tensor) -> Tensor:

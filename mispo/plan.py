@@ -90,7 +90,7 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         ("rollout copy", f"{size(count * rollout_bytes)}"),
         ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
         ("logits of a micro-batch", f"{size(tokens * text.vocab_size * 4 * 3)} (with softmax and gradient)"),
-        ("old weights", f"{size((config.rollout.staleness + 1) * count * 4)} (rollout.staleness)")
+        ("old weights", f"{size((config.rollout.staleness + 1) * count * rollout_bytes)} (rollout.staleness)")
         if config.rollout.staleness
         else ("old weights", "none"),
     ]  # fmt: skip

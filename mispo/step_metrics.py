@@ -14,6 +14,7 @@ from mispo.algorithm.mismatch import (
     acceptance_metrics,
     mismatch_metrics,
     mismatch_sums,
+    ratio_histogram,
 )
 from mispo.algorithm.segments import segment_mean, segment_sum
 from mispo.monitor.routing import rollout_confidence, routing_metrics
@@ -45,7 +46,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything except times. Collective: every rank calls it with its share, all get the same row.
 
-    num_experts: of a MoE layer, 0 for a dense model.
+    num_experts: of a MoE layer, 0 for a dense model. reward_range: lowest and highest reward; trunc/bootstrap_gap, how
+    much more truncated trajectories return than finished ones, is a share of it.
     """
     batch, policy, selection = record.batch, record.policy, record.selection
 
@@ -54,6 +56,7 @@ def step_metrics(
 
     sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
     sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
+    sizes_H = ranks.sum(ratio_histogram(policy.logprobs_N, batch.rollout_logprobs_N))
     everything = replace(
         selection,
         multiplicity_B=everyone(selection.multiplicity_B),
@@ -69,8 +72,6 @@ def step_metrics(
     metrics = {
         "reward/mean": rewards_B.mean().item(),
         "reward/failed": failed_B.mean().item(),
-        "reward/low": reward_range[0],
-        "reward/high": reward_range[1],
         "reward/overlong_penalty": everyone(batch.penalties_B).mean().item(),
         "response_length/mean": lengths_B.mean().item(),
         "response_length/max": lengths_B.max().item(),
@@ -78,7 +79,7 @@ def step_metrics(
         "trunc/rate": truncated_B.float().mean().item(),
         "rollout/staleness": float(lags_B.max()),
         "actor/entropy": (entropy_B.sum() / tokens).item(),
-        **mismatch_metrics(sums),
+        **mismatch_metrics(sums, sizes_H),
         **acceptance_metrics(everything, lengths_B, rewards_B, lags_B),
         **_routing(ranks, record.trajectories, policy, num_experts),
     }
@@ -92,7 +93,11 @@ def step_metrics(
             if chosen_B.any():
                 metrics[f"critic/value_{name}"] = values_B[chosen_B].mean().item()
         if truncated_B.any():
-            metrics["trunc/bootstrap_mean"] = everyone(record.values.bootstrap_B)[truncated_B].mean().item()
+            bootstrap = everyone(record.values.bootstrap_B)[truncated_B].mean().item()
+            metrics["trunc/bootstrap_mean"] = bootstrap
+            if "reward/finished_mean" in metrics:
+                low, high = reward_range
+                metrics["trunc/bootstrap_gap"] = (bootstrap - metrics["reward/finished_mean"]) / (high - low)
         metrics |= _updates("critic", record.critic_updates)
     metrics |= _updates("actor", record.actor_updates) | _moved(record.actor_updates)
     metrics["mis/empty_minibatches"] = float(sum(update is None for update in record.actor_updates))

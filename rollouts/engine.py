@@ -56,6 +56,10 @@ class Engine(Protocol):
         """One sample per request, in request order. ValueError names a request that cannot be served."""
         ...
 
+    def converted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights in the engine's own precision: `load_weights` makes the same of both."""
+        ...
+
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy `weights` (names as in the model's state_dict) in. ValueError names every missing, unknown or
         misshapen tensor, and then nothing has been changed."""

@@ -99,6 +99,11 @@ class NativeEngine:
         logits = self.head(states).float() / (temperature or 1.0)
         return torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
 
+    def converted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the precision of the model's own tensors: see `Engine.converted`."""
+        own = self.model.state_dict()
+        return {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in weights.items()}
+
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the weights in, converted to the model's precision: see `Engine.load_weights`.

@@ -5,14 +5,22 @@ from pathlib import Path
 import pytest
 from runs import mispo, rows_of, train
 
-OTHERS = ("ppo", "tis", "icepop", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
+GSPO_WITH_A_CRITIC = (
+    "algorithm=gspo",
+    "algorithm.advantage=gae",
+    "algorithm.whiten=batch",
+    "algorithm.truncation=bootstrap",
+    "algorithm.clip=[1e-4,1e-4]",
+)
+WITH_A_CRITIC = {name: (f"algorithm={name}",) for name in ("ppo", "tis", "icepop")} | {"gspo_gae": GSPO_WITH_A_CRITIC}
+GROUPED = {name: (f"algorithm={name}",) for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")}
+OTHERS = WITH_A_CRITIC | GROUPED
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_method_trains(tmp_path: Path, name: str) -> None:
-    options = [f"algorithm={name}", "trainer.steps=3", "rollout.staleness=4", "trainer.actor_lr=1e-4"]
-    rows = train(tmp_path / "run", *options)
-    critic = name in ("ppo", "tis", "icepop")
+    rows = train(tmp_path / "run", *OTHERS[name], "trainer.steps=3", "rollout.staleness=4", "trainer.actor_lr=1e-4")
+    critic = name in WITH_A_CRITIC
     for row in rows[1:]:
         assert row["actor/updates"] == 4.0
         assert row["actor/grad_norm"] > 0
@@ -20,6 +28,8 @@ def test_every_method_trains(tmp_path: Path, name: str) -> None:
         assert row["mis/traj_accept"] == 1.0
     assert (tmp_path / "run/checkpoints/step_3/critic.safetensors").exists() == critic
     assert rows[3]["mismatch/k3"] > 1e-6
+    if name.startswith("gspo"):
+        assert rows[1]["actor/clip_frac"] > 0
     if name == "dapo":
         assert rows[1]["rollout/rounds"] >= 1
         assert rows[1]["rollout/filled"] == 0

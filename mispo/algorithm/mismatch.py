@@ -29,7 +29,6 @@ class MismatchSums:
     """Per trajectory [B] float64: sums over its tokens, so that ranks can be put together.
 
     log_x1_B and log_x2_B: log of Σ x and of Σ x², since the sums themselves may overflow. rollout_B: Σ −log π_rollout.
-    sizes_BH: histogram of |log x|.
     """
 
     k1_B: Tensor
@@ -40,7 +39,6 @@ class MismatchSums:
     kept_B: Tensor
     lengths_B: Tensor
     rollout_B: Tensor
-    sizes_BH: Tensor
 
 
 def mismatch_sums(
@@ -60,26 +58,25 @@ def mismatch_sums(
         kept_B=segment_sum(keep_N, offsets_B1),
         lengths_B=lengths_B.double(),
         rollout_B=segment_sum(-rollout_logprobs_N, offsets_B1),
-        sizes_BH=_histogram(log_x_N.abs(), offsets_B1),
     )
 
 
-def _histogram(sizes_N: Tensor, offsets_B1: Tensor) -> Tensor:
+def ratio_histogram(old_logprobs_N: Tensor, rollout_logprobs_N: Tensor) -> Tensor:
+    """How many of one rank's tokens have |log x| in each bin, [H] int64; histograms of ranks add up."""
     bins = (COARSEST - FINEST) * STEPS_PER_DECADE
+    sizes_N = (old_logprobs_N.double() - rollout_logprobs_N.double()).abs()
     numbers_N = ((sizes_N.log10() - FINEST) * STEPS_PER_DECADE).nan_to_num(bins - 1, bins - 1, 0).clamp(0, bins - 1)
-    counts = torch.zeros((len(offsets_B1) - 1) * bins, dtype=torch.float64, device=sizes_N.device)
-    counts.index_add_(0, owner_of(offsets_B1) * bins + numbers_N.long(), torch.ones_like(sizes_N))
-    return counts.view(-1, bins)
+    return torch.bincount(numbers_N.long(), minlength=bins)
 
 
 def _quantile(counts_H: Tensor, share: float) -> float:
     """Upper edge of the bin in which the quantile lies; 0 for the finest one, where |log x| may be exactly 0."""
-    number = int(torch.searchsorted(counts_H.cumsum(0), counts_H.sum() * share))
+    number = int(torch.searchsorted(counts_H.cumsum(0).double(), counts_H.sum() * share))
     return 10 ** (FINEST + (number + 1) / STEPS_PER_DECADE) if number else 0.0
 
 
-def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
-    """How far rollout and trainer are apart, over tokens.
+def mismatch_metrics(sums: MismatchSums, sizes_H: Tensor) -> dict[str, float]:
+    """How far rollout and trainer are apart, over tokens. sizes_H: `ratio_histogram` of all ranks.
 
     KL(π_rollout ‖ π_old) in nats, by k1 = −log x (unbiased) and k3 = x − 1 − log x (≥ 0); χ²(π_old ‖ π_rollout) =
     mean x² − 1; the share ess = (Σx)²/(N·Σx²) of the samples that importance weighting would leave effective; the
@@ -94,8 +91,8 @@ def mismatch_metrics(sums: MismatchSums) -> dict[str, float]:
         "mismatch/chi2": ((log_x2 - tokens.log()).exp() - 1).item(),
         "mismatch/ess": (2 * log_x1 - log_x2 - tokens.log()).exp().item(),
         "mismatch/max_abs": sums.max_abs_B.max().item(),
-        "mismatch/p50_abs": _quantile(sums.sizes_BH.sum(0), 0.5),
-        "mismatch/p99_abs": _quantile(sums.sizes_BH.sum(0), 0.99),
+        "mismatch/p50_abs": _quantile(sizes_H, 0.5),
+        "mismatch/p99_abs": _quantile(sizes_H, 0.99),
         "mismatch/ppl_rollout": (sums.rollout_B.sum() / tokens).exp().item(),
         "mismatch/ppl_old": ((sums.rollout_B + sums.k1_B).sum() / tokens).exp().item(),
         "mis/token_accept": (sums.kept_B.sum() / tokens).item(),

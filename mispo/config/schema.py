@@ -155,7 +155,7 @@ class AlgorithmConfig:
     """Weight of a token for the mismatch x = π_old/π_rollout: none; tis: min(x, cap); icepop: x inside the bounds,
     else 0."""
     correction_cap: float = 2.0
-    """tis: largest weight, > 0; .inf = plain importance weights."""
+    """tis: largest weight, > 0; inf (in YAML .inf) = plain importance weights."""
     correction_bounds: list[float] = field(default_factory=lambda: [0.5, 5.0])
     """icepop: lo ≤ x ≤ hi is kept (IcePop: [0.5, 5])."""
     advantage: str = "gae"

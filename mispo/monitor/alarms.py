@@ -81,17 +81,16 @@ def mismatch_cause(config: MispoConfig) -> str:
 
 def critic(metrics: Row, config: MispoConfig) -> str | None:
     """The critic has drifted to a constant, fed by its own bootstrapped targets."""
-    needed = ("critic/vf_explained_var", "trunc/bootstrap_mean", "reward/finished_mean")
-    if config.algorithm.truncation != "bootstrap" or any(metrics.get(key) is None for key in needed):
+    explained, gap = metrics.get("critic/vf_explained_var"), metrics.get("trunc/bootstrap_gap")
+    if config.algorithm.truncation != "bootstrap" or explained is None or gap is None:
         return None
-    explained, bootstrap, finished = (metrics[key] for key in needed)
-    spread = metrics["reward/high"] - metrics["reward/low"]
-    if not (explained < CONSTANT_CRITIC and abs(bootstrap - finished) > BOOTSTRAP_GAP * spread):
+    if not (explained < CONSTANT_CRITIC and abs(gap) > BOOTSTRAP_GAP):
         return None
     return (
-        f"critic/vf_explained_var: {explained:.3f}, while truncated trajectories return {bootstrap:.3f} and finished "
-        f"ones {finished:.3f}. Suspected: the critic drifts on its own bootstrapped targets; raise "
-        "rollout.max_new_tokens or critic.warmup_steps, or set algorithm.truncation=zero"
+        f"critic/vf_explained_var: {explained:.3f}, while truncated trajectories return "
+        f"{metrics['trunc/bootstrap_mean']:.3f} and finished ones {metrics['reward/finished_mean']:.3f}. Suspected: "
+        "the critic drifts on its own bootstrapped targets; raise rollout.max_new_tokens or critic.warmup_steps, or "
+        "set algorithm.truncation=zero"
     )
 
 

@@ -56,7 +56,8 @@ class WeightSync:
     def record(self) -> None:
         """Remember the current weights, if the engine is going to see them later."""
         if self.history.staleness:
-            self.history.push(self.actor.updates, self._weights())
+            # In the rollout's precision, which may need half of the memory.
+            self.history.push(self.actor.updates, self.engine.converted(self._weights()))
             self._expect()
 
     def publish(self) -> dict[str, float]:

@@ -110,19 +110,30 @@ def test_no_filter_keeps_everything(batch: Ragged) -> None:
     assert chosen.weights(batch.offsets).tolist() == [1.0] * sum(batch.lengths)
 
 
-def test_the_acceptance_of_gaussian_log_ratios_falls_with_the_length_as_its_closed_form_says() -> None:
-    """log ρ̄ of T independent N(μ, σ²) tokens is N(μ, σ²/T): longer trajectories of an unbiased pair pass more."""
+ACCEPTANCE = {
+    1e-5: {64: 0.97, 256: 1.0, 1024: 1.0},
+    1e-4: {64: 0.72, 256: 0.89, 1024: 0.99},
+    1e-3: {64: 0.34, 256: 0.62, 1024: 0.91},
+    4e-3: {64: 0.17, 256: 0.32, 1024: 0.46},
+    1e-2: {64: 0.10, 256: 0.14, 1024: 0.08},
+}
+"""Share that the paper's window accepts, by KL per token and length, if log-ratios are Gaussian and independent."""
+
+
+@pytest.mark.parametrize("kl", ACCEPTANCE)
+def test_the_acceptance_of_gaussian_log_ratios_follows_its_closed_form(kl: float) -> None:
+    """A Gaussian log x of a pair of policies with KL κ is N(−κ, 2κ), so log ρ̄ is N(−κ, 2κ/T)."""
     generator = torch.Generator().manual_seed(0)
-    count, sigma = 4000, 0.02
-    for length in (1, 16, 256):
-        log_x = torch.randn(count * length, generator=generator, dtype=torch.float64) * sigma
+    count = 2000
+    for length, tabled in ACCEPTANCE[kl].items():
+        log_x = torch.randn(count * length, generator=generator, dtype=torch.float64) * math.sqrt(2 * kl) - kl
         offsets = offsets_of(torch.full((count,), length))
         accepted = bounds_filter(proposal(log_x, torch.zeros_like(log_x), offsets), TOKEN, TRAJECTORY).multiplicity_B
-        spread_of_mean = sigma / length**0.5
-        low, high = (math.log(bound) / spread_of_mean / 2**0.5 for bound in TRAJECTORY)
+        low, high = ((math.log(bound) + kl) / math.sqrt(4 * kl / length) for bound in TRAJECTORY)
         expected = (math.erf(high) - math.erf(low)) / 2
-        error = (expected * (1 - expected) / count) ** 0.5
-        assert abs(accepted.double().mean().item() - expected) < 4 * error
+        assert expected == pytest.approx(tabled, abs=0.006)
+        error = math.sqrt(expected * (1 - expected) / count)
+        assert abs(accepted.double().mean().item() - expected) < 4 * error + 1e-9
 
 
 @given(batch=ragged, seed=st.integers(0, 1000))

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ragged import proposal
+from torch import Tensor
 
 import mispo.algorithm
 from mispo.algorithm.filter import bounds_filter, keep_all
-from mispo.algorithm.mismatch import acceptance_metrics, mismatch_metrics, mismatch_sums
+from mispo.algorithm.mismatch import acceptance_metrics, mismatch_metrics, mismatch_sums, ratio_histogram
 
 BOUNDS = (0.996, 1.001)
 
@@ -53,13 +56,9 @@ def test_equal_rewards_leave_out_the_better_ones() -> None:
 
 def test_mismatch_follows_its_formulas() -> None:
     log_x = [0.1, -0.2, 0.0]
-    sums = mismatch_sums(
-        torch.tensor(log_x, dtype=torch.float64),
-        torch.zeros(3, dtype=torch.float64),
-        torch.tensor([True, False, True]),
-        torch.tensor([0, 2, 3]),
-    )
-    metrics = mismatch_metrics(sums)
+    old, rollout = torch.tensor(log_x, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    sums = mismatch_sums(old, rollout, torch.tensor([True, False, True]), torch.tensor([0, 2, 3]))
+    metrics = mismatch_metrics(sums, ratio_histogram(old, rollout))
     assert metrics["mismatch/k1"] == pytest.approx(sum(-x for x in log_x) / 3)
     assert metrics["mismatch/k3"] == pytest.approx(sum(math.exp(x) - 1 - x for x in log_x) / 3)
     x = [math.exp(value) for value in log_x]
@@ -74,23 +73,39 @@ def test_mismatch_follows_its_formulas() -> None:
     assert sums.max_abs_B.tolist() == pytest.approx([0.2, 0.0])
 
 
+def metrics_of(old: Tensor, rollout: Tensor, offsets: Tensor) -> dict[str, float]:
+    sums = mismatch_sums(old, rollout, torch.ones_like(old, dtype=torch.bool), offsets)
+    return mismatch_metrics(sums, ratio_histogram(old, rollout))
+
+
 def test_the_effective_sample_size_survives_ratios_that_overflow() -> None:
     """One token outweighs all others: of four samples one is left."""
-    sums = mismatch_sums(torch.tensor([0.0, 900, 0, 0]), torch.zeros(4), torch.ones(4), torch.tensor([0, 2, 2, 4]))
-    assert mismatch_metrics(sums)["mismatch/ess"] == pytest.approx(0.25)
-    agreed = mismatch_sums(torch.zeros(4), torch.zeros(4), torch.ones(4), torch.tensor([0, 2, 2, 4]))
-    assert mismatch_metrics(agreed)["mismatch/ess"] == pytest.approx(1.0)
-    assert mismatch_metrics(agreed)["mismatch/chi2"] == pytest.approx(0.0, abs=1e-12)
+    offsets = torch.tensor([0, 2, 2, 4])
+    assert metrics_of(torch.tensor([0.0, 900, 0, 0]), torch.zeros(4), offsets)["mismatch/ess"] == pytest.approx(0.25)
+    agreed = metrics_of(torch.zeros(4), torch.zeros(4), offsets)
+    assert agreed["mismatch/ess"] == pytest.approx(1.0)
+    assert agreed["mismatch/chi2"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_k1_and_k3_estimate_the_divergence_of_rollout_from_trainer() -> None:
     generator = torch.Generator().manual_seed(0)
     rollout, old = (torch.randn(20, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     drawn = torch.multinomial(rollout.exp(), 200_000, replacement=True, generator=generator)
-    sums = mismatch_sums(old[drawn], rollout[drawn], torch.ones(len(drawn)), torch.tensor([0, len(drawn)]))
+    metrics = metrics_of(old[drawn], rollout[drawn], torch.tensor([0, len(drawn)]))
     exact = (rollout.exp() * (rollout - old)).sum().item()
-    assert mismatch_metrics(sums)["mismatch/k1"] == pytest.approx(exact, rel=0.02)
-    assert mismatch_metrics(sums)["mismatch/k3"] == pytest.approx(exact, rel=0.02)
+    assert metrics["mismatch/k1"] == pytest.approx(exact, rel=0.02)
+    assert metrics["mismatch/k3"] == pytest.approx(exact, rel=0.02)
+
+
+@given(
+    log_x=st.lists(st.one_of(st.floats(-50, 50), st.sampled_from([0.0, math.inf, -math.inf])), min_size=1),
+    share=st.sampled_from([0.5, 0.99]),
+)
+def test_the_histogram_brackets_the_quantiles_of_the_ratios(log_x: list[float], share: float) -> None:
+    old = torch.tensor(log_x, dtype=torch.float64)
+    found = metrics_of(old, torch.zeros_like(old), torch.tensor([0, len(log_x)]))[f"mismatch/p{share * 100:.0f}_abs"]
+    expected = sorted(map(abs, log_x))[math.ceil(share * len(log_x)) - 1]
+    assert found == pytest.approx(min(expected, 100.0) if expected >= 1e-8 else 0.0, rel=0.06, abs=1.1e-8)
 
 
 def test_the_algorithm_knows_tensors_only() -> None:

@@ -11,16 +11,15 @@ HEALTHY = {
     "mismatch/k3": 1e-4,
     "critic/vf_explained_var": 0.5,
     "trunc/bootstrap_mean": 0.5,
+    "trunc/bootstrap_gap": 0.0,
     "reward/finished_mean": 0.5,
-    "reward/low": 0.0,
-    "reward/high": 1.0,
     "reward/failed": 0.0,
 }
 
 SICK = {
     "acceptance": {"mis/traj_accept": 0.001},
     "mismatch": {"mismatch/k3": 0.5},
-    "critic": {"critic/vf_explained_var": -0.1, "trunc/bootstrap_mean": 0.9},
+    "critic": {"critic/vf_explained_var": -0.1, "trunc/bootstrap_gap": 0.4},
     "rewards": {"reward/failed": 0.75},
 }
 

@@ -224,6 +224,17 @@ def test_load_weights_takes_effect(step_model: PreTrainedModel) -> None:
     assert_same(after, engine.generate(requests), 0.0)
 
 
+def test_converted_weights_are_what_would_be_loaded(step_model: PreTrainedModel) -> None:
+    weights = {name: tensor.clone() + 0.1 for name, tensor in step_model.state_dict().items()}
+    engine = engine_of(step_model.to(torch.bfloat16))
+    converted = engine.converted(weights)
+    assert {tensor.dtype for tensor in converted.values()} == {torch.bfloat16}
+    engine.load_weights(weights, version=1)
+    loaded = {name: tensor.clone() for name, tensor in step_model.state_dict().items()}
+    engine.load_weights(converted, version=2)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in step_model.state_dict().items())
+
+
 def test_load_weights_names_every_problem_and_changes_nothing(step_model: PreTrainedModel) -> None:
     engine = engine_of(step_model)
     weights = {name: tensor + 1 for name, tensor in step_model.state_dict().items()}
