@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic
 
@@ -28,16 +29,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 class ActorModule(nn.Module):
-    """The policy, read at chosen positions; no [tokens, vocabulary] tensor beyond those.
+    """The policy, read as log-probs at chosen positions; their logits never exist as a whole.
 
-    entropy_gradient: whether the entropy is part of a loss; else it has no gradient and needs no memory for one.
+    entropy_gradient: whether the entropy is part of a loss; else it has no gradient.
     """
 
     def __init__(self, policy: PreTrainedModel, dtype: torch.dtype, *, entropy_gradient: bool = False) -> None:
         super().__init__()
         self.policy = policy
         self.dtype = dtype
-        self.entropy_gradient = entropy_gradient
+        self.logprobs = LogprobHead(policy.get_output_embeddings(), dtype, entropy_gradient=entropy_gradient)
 
     def forward(
         self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, temperature: float
@@ -45,11 +46,7 @@ class ActorModule(nn.Module):
         """ids [b, S]; log π(target) under softmax(logits/temperature) and entropy at (row, column); both [n] fp32."""
         with autocast(ids.device, self.dtype):
             hidden = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            logits = self.policy.get_output_embeddings()(hidden[rows, columns])
-        logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-        measured = logprobs if self.entropy_gradient else logprobs.detach()
-        entropy = -(measured.exp() * measured).sum(-1)
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+        return self.logprobs(hidden[rows, columns], targets, temperature)
 
 
 class Reference:
