@@ -23,7 +23,8 @@ from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.tracking import Tracker
 from mispo.run import Run
-from mispo.trainer.checkpoint import latest_checkpoint, load_progress, load_states
+from mispo.trainer.checkpoint import load_progress, load_states
+from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule, Reference, compute_dtype
 from mispo.trainer.ranks import Ranks
@@ -47,7 +48,7 @@ WARM_START_LINES = 10
 def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
     """Everything between the config and the first step. ValueError for what the user can mend."""
     disable_progress_bar()  # of saving and loading weights: it would tear the step lines
-    checkpoint = latest_checkpoint(directory / "checkpoints") if resume else None
+    checkpoint, torn = newest_checkpoint(directory / "checkpoints") if resume else (None, [])
     progress = load_progress(checkpoint) if checkpoint else None
     pool = RewardPool(
         RewardSpec(config.reward.name, config.data.task, config.reward.format_weight),
@@ -59,6 +60,8 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
         directory = ranks.agree(directory)
         printer = StepPrinter(config.trainer.steps, make_console()) if ranks.first else None
         say = printer.console.print if printer else _silent
+        for problem in torn:
+            say(f"left out: {problem}", highlight=False, markup=False, soft_wrap=True)
         policy, tokenizer = build_policy(
             None if checkpoint else config.model.preset,
             str(checkpoint / "actor") if checkpoint else config.model.path,
@@ -94,9 +97,10 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
             data.stream.cursor = progress.cursor
             sync.publish()
-        method = build_method(config)
+        method, alarms = build_method(config), Alarms(config)
         if progress:
             method.filter.restore(progress.filter_state)
+            alarms.seen = dict(progress.alarms_seen)
         routers = find_routers(engine.model)  # under ZeRO-3 the trainer's own weights have no shape
         tracker = None
         if ranks.first:
@@ -131,7 +135,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             ),
             sync=sync,
             method=method,
-            alarms=Alarms(config),
+            alarms=alarms,
             evaluator=Evaluator(
                 engine=engine,
                 pool=pool,
@@ -145,6 +149,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             ),
             tracker=tracker,
             printer=printer,
+            resumed=progress is not None,
             last_checkpoint=checkpoint,
             step=progress.step if progress else 0,
         )

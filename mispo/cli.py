@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mispo import __version__
 from mispo.config.load import (
+    changed_keys,
     config_from_file,
     expand_sweep,
     is_sweep,
@@ -24,6 +25,7 @@ from mispo.config.load import (
     save_config,
 )
 from mispo.config.schema import MispoConfig
+from mispo.interrupt import exit_at_once
 
 if TYPE_CHECKING:
     from mispo.run import Run
@@ -85,13 +87,14 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.overrides, options.config_dir)
         directory = run_directory(config, recipe_of(options.overrides))
+    resume = options.resume is not None or _is_the_same_run(directory, config)
     if options.dry_run:
         from mispo.plan import print_plan
 
         print_plan(config, directory)
         return 0
-    _prepare(directory, config, resume=options.resume is not None)
-    return _run(config, directory, resume=options.resume is not None)
+    _prepare(directory, config, resume=resume)
+    return _run(config, directory, resume=resume)
 
 
 def run_directory(config: MispoConfig, recipe: str) -> Path:
@@ -101,14 +104,28 @@ def run_directory(config: MispoConfig, recipe: str) -> Path:
     return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def _is_the_same_run(directory: Path, config: MispoConfig) -> bool:
+    """Whether this very command has begun a run there before, which then goes on: what a job queue does after a kill.
+
+    ValueError if the run there is another one, or has no checkpoint to go on from.
+    """
+    if not (directory / "metrics.jsonl").exists():
+        return False
+    changed = changed_keys(config, config_from_file(directory / "config.yaml", []))
+    if changed:
+        key = next(iter(changed))
+        reason = f"with another {key}; give another run_dir, or `mispo train --resume {directory} {key}=…`"
+    elif not any((directory / "checkpoints").glob("step_*/state.json")):
+        reason = "but no checkpoint yet; delete it, or give another run_dir"
+    else:
+        return True
+    raise ValueError(f"run_dir: {directory} holds a run already, {reason}")
+
+
 def _prepare(directory: Path, config: MispoConfig, *, resume: bool) -> None:
     """Create the run directory and write config.yaml, on the first rank."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    if not resume and (directory / "metrics.jsonl").exists():
-        raise ValueError(
-            f"run_dir: {directory} holds a run already; give another run_dir, or `mispo train --resume {directory}`"
-        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.yaml")
@@ -131,6 +148,7 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
             _finish(run)
         return 0
     except KeyboardInterrupt:
+        exit_at_once()
         if run:
             run.close(130)
         elif not resume:
@@ -144,9 +162,19 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
             if run is None and not resume:
                 _remove_if_unused(directory)
             raise
-        (directory / "error.txt").write_text(traceback.format_exc())
-        _say(f"error: {error}\nThe full trace is in {directory / 'error.txt'}.")
+        _say(f"error: {error}\n{_keep_trace(directory)}")
+        if run and run.last_checkpoint:
+            _say(f"The last checkpoint is {run.last_checkpoint.name}; continue with: mispo train --resume {directory}")
         return 1
+
+
+def _keep_trace(directory: Path) -> str:
+    trace, path = traceback.format_exc(), directory / "error.txt"
+    try:
+        path.write_text(trace)
+    except OSError:  # the very disk may be the error
+        return trace
+    return f"The full trace is in {path}."
 
 
 def _remove_if_unused(directory: Path) -> None:

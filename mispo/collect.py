@@ -19,23 +19,27 @@ def collect(run: Run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[
 
     Under algorithm.dynamic_sampling prompts whose samples all got the same reward are replaced by further ones, for at
     most max_rounds rounds; what is missing then is filled up with them, and counted in rollout/filled.
+
+    An interrupt ends it early, with whatever there is.
     """
     rollout, algorithm, ranks = run.config.rollout, run.config.algorithm, run.ranks
     wanted = len(ranks.share(rollout.prompts_per_step))
     kept: list[list[Trajectory]] = []
     spare: list[list[Trajectory]] = []
-    missing, rounds = wanted, 0
-    while missing and rounds < (algorithm.max_rounds if algorithm.dynamic_sampling else 1):
+    missing, rounds, asked = wanted, 0, False
+    while missing and not asked and rounds < (algorithm.max_rounds if algorithm.dynamic_sampling else 1):
         prompts = run.data.stream.take(missing * ranks.size if rounds else rollout.prompts_per_step)
-        with timer("rollout"):
-            trajectories = run.worker.sample([prompts[i] for i in ranks.share(len(prompts))])
-        with timer("reward"):
-            trajectories = grade(trajectories, run.pool)
+        trajectories: list[Trajectory] = []
+        with run.interrupt.breakable():
+            with timer("rollout"):
+                trajectories = run.worker.sample([prompts[i] for i in ranks.share(len(prompts))])
+            with timer("reward"):
+                trajectories = grade(trajectories, run.pool)
         for start in range(0, len(trajectories), rollout.samples_per_prompt):
             group = trajectories[start : start + rollout.samples_per_prompt]
             (spare if algorithm.dynamic_sampling and not informative(group) else kept).append(group)
         rounds += 1
-        missing = max(0, int(ranks.max(torch.tensor(wanted - len(kept)))))
+        missing, asked = ranks.max(torch.tensor([max(0, wanted - len(kept)), int(run.interrupt.asked)])).tolist()
     chosen = [trajectory for group in [*kept, *spare][:wanted] for trajectory in group]
     metrics: dict[str, float] = {}
     if algorithm.dynamic_sampling:

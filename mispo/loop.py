@@ -48,23 +48,26 @@ class Timer:
 
 def train(run: Run) -> None:
     """All steps of a run, from the one after its last checkpoint."""
-    if run.start_step == 0:
+    if not run.resumed:
         run.sync.record()
         run.sync.publish()
         run.report_baseline()
         pretrain_critic(run)
+    run.interrupt.arm()
     for step in range(run.start_step + 1, run.config.trainer.steps + 1):
         train_step(run, step)
 
 
 def train_step(run: Run, step: int) -> None:
     """One step: sample, grade, score, select, update the critic, update the actor, publish."""
-    timer = Timer()
+    timer, cursor = Timer(), run.data.stream.cursor
     with timer("step"):
         trajectories, collected = collect(run, step, timer)
+        stop_before(run, step, cursor)
         with timer("score"):
             batch = pack_step(run, trajectories)
             policy, values, reference_N = score(run, batch)
+        stop_before(run, step, cursor)
         advantages_N, targets_N, included_N = judge(run, batch, values)
         selection = select(run, batch, policy.logprobs_N, step)
         samples = Samples(
@@ -94,6 +97,22 @@ def train_step(run: Run, step: int) -> None:
         checkpoint(run, step)
     if stop:
         raise RuntimeError(f"alarms.action=stop: {stop}")
+    stop_after(run, step)
+
+
+def stop_before(run: Run, step: int, cursor: int) -> None:
+    """As `stop_after` the step before: nothing has changed yet but the place in the prompts."""
+    if run.ranks.any(run.interrupt.asked):
+        run.data.stream.cursor = cursor
+        stop_after(run, step - 1)
+
+
+def stop_after(run: Run, step: int) -> None:
+    """KeyboardInterrupt on every rank, after a checkpoint, if a signal has come to any of them."""
+    if run.ranks.any(run.interrupt.asked):
+        if run.last_checkpoint is None or run.last_checkpoint.name != f"step_{step}":
+            checkpoint(run, step)
+        raise KeyboardInterrupt
 
 
 def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
@@ -242,10 +261,13 @@ def checkpoint(run: Run, step: int) -> None:
             critic_updates=run.critic.updates if run.critic else 0,
             wandb_id=run.wandb_id,
             filter_state=run.method.filter.state(),
+            alarms_seen=run.alarms.seen,
+            score=run.score,
         ),
         actor=run.actor,
         critic=run.critic,
         tokenizer=run.tokenizer,
         sync=run.sync,
         keep_last=run.config.checkpoint.keep_last,
+        keep_best=run.config.checkpoint.keep_best,
     )

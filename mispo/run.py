@@ -7,7 +7,7 @@ import random
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from mispo.algorithm.segments import segment_mean
 from mispo.config.schema import MispoConfig
 from mispo.data import Data
 from mispo.evaluate import Evaluator, sample_rows
+from mispo.interrupt import Interrupt
 from mispo.method import Method
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, eval_line
@@ -42,7 +43,7 @@ RANDOM_CHOICES = ("actor", "critic", "filter")
 @dataclass
 class Run:
     """All parts of a run on this rank. `tracker` and `printer` exist on the first rank only, `critic` and `reference`
-    where the method has them."""
+    where the method has them. score: greedy accuracy on the held-out problems if this step has measured it."""
 
     config: MispoConfig
     directory: Path
@@ -62,8 +63,11 @@ class Run:
     evaluator: Evaluator
     tracker: Tracker | None
     printer: StepPrinter | None
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    resumed: bool = False
     last_checkpoint: Path | None = None
     step: int = 0
+    score: float | None = None
 
     @property
     def wandb_id(self) -> str | None:
@@ -112,12 +116,13 @@ class Run:
 
     def report_step(self, step: int, metrics: dict[str, float]) -> None:
         """The step's line and row, with an evaluation where one is due."""
-        self.step = step
+        self.step, self.score = step, None
         if self.printer:
             self.printer.step(step, metrics)
         if self.due(self.config.eval.every, step):
             start = time.perf_counter()
             measured, traces = self.evaluator.run()
+            self.score = measured.get(f"eval/{self.evaluator.task}/greedy")
             metrics |= measured | {"timing_s/eval": time.perf_counter() - start}
             if self.ranks.first:
                 save_samples(self.directory / "samples_after.jsonl", sample_rows(traces, self.config.eval.traces))

@@ -9,6 +9,7 @@ from runs import MICRO, mispo, rows_of, train
 
 from mispo import __version__
 from mispo.cli import main
+from mispo.config.load import load_config, save_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -65,10 +66,15 @@ def test_an_unwritable_run_directory_is_named(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_directory_with_a_run_in_it_is_not_written_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Another run is never touched; this very one goes on (test_interrupt.py) once it has a checkpoint."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    save_config(load_config(["recipe=smoke", f"run_dir={tmp_path}", "seed=1"]), tmp_path / "config.yaml")
+    before = (tmp_path / "config.yaml").read_text()
     said = refused(capsys, "train", "recipe=smoke", f"run_dir={tmp_path}")
-    assert "holds a run already; give another run_dir, or `mispo train --resume" in said
-    assert not (tmp_path / "config.yaml").exists()
+    assert f"holds a run already, with another seed; give another run_dir, or `mispo train --resume {tmp_path}" in said
+    said = refused(capsys, "train", "recipe=smoke", "seed=1", f"run_dir={tmp_path}")
+    assert "holds a run already, but no checkpoint yet; delete it" in said
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_a_report_of_no_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
-"""Ctrl-C in the middle: status 130, whole files, no child left, and the run goes on where it says."""
+"""Ctrl-C, SIGTERM, kill −9, a torn checkpoint, a full disk: the run says what is, and goes on bit for bit."""
 
-import json
 import os
+import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from runs import MICRO, mispo, rows_of
+import torch
+from runs import MICRO, mispo, rows_of, train, without_times
+from safetensors.torch import load_file
 
 DEADLINE_S = 240.0
 
@@ -47,31 +53,109 @@ def members_of(group: int) -> list[str]:
     return [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
 
 
+def wait_for_rows(process: subprocess.Popen[str], run: Path, count: int) -> None:
+    wait_for(process, run / "metrics.jsonl")
+    deadline = time.monotonic() + DEADLINE_S
+    while len((run / "metrics.jsonl").read_bytes().splitlines()) < count:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < deadline, f"no {count} rows after {DEADLINE_S:g} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps without an interruption."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    train(run, *LONG)
+    return run
+
+
+LONG = ("trainer.steps=12", "checkpoint.every=3", "rollout.staleness=2")
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Metrics, sampled tokens, weights and optimizer states, bit for bit."""
+    assert without_times(rows_of(run)) == without_times(rows_of(other))
+    columns = ["prompt_ids", "completion_ids", "rollout_logprobs", "reward", "multiplicity", "advantage_mean"]
+    for step in range(1, 13):
+        a, b = (pq.read_table(r / f"rollouts/step_{step}.parquet", columns=columns) for r in (run, other))
+        assert a.equals(b), step
+    last = "checkpoints/step_12"
+    files = sorted(str(p.relative_to(run / last)) for p in (run / last).rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        a, b = (load_file(r / last / file) for r in (run, other))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), file
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_run_leaves_whole_files_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
+def test_an_interrupted_run_writes_a_checkpoint_and_goes_on_as_if_nothing_had_been(
+    straight: Path, tmp_path: Path, number: int
+) -> None:
     run = tmp_path / "run"
-    process = start(run, "trainer.steps=500", "checkpoint.every=1")
-    wait_for(process, run / "checkpoints/step_2")
+    process = start(run, *LONG, "checkpoint.every=0")
+    wait_for_rows(process, run, 3)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
+    assert "stopping: the updates of this step are finished" in said
     assert f"continue with: mispo train --resume {run}" in said
     assert members_of(process.pid) == []
-
-    lines = (run / "metrics.jsonl").read_text()
-    assert lines.endswith("\n")
-    steps = [json.loads(line)["step"] for line in lines.splitlines()]
+    steps = [row["step"] for row in rows_of(run)]
     assert steps == list(range(len(steps)))
-    checkpoints = sorted(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*[0-9]"))
-    for step in checkpoints:
-        assert (run / f"checkpoints/step_{step}/state.json").exists()
+    assert os.readlink(run / "checkpoints/latest") == f"step_{steps[-1]}"
 
-    last = checkpoints[-1]
-    done = mispo("train", "--resume", str(run), f"trainer.steps={last + 1}", cwd=tmp_path)
+    done = mispo("train", "--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [row["step"] for row in rows_of(run)] == list(range(last + 2))
-    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(straight: Path, tmp_path: Path, seed: int) -> None:
+    """kill −9 at a random moment, twice; then the same command again."""
+    run, choose = tmp_path / "run", random.Random(seed)
+    for row in (4, 8):
+        process = start(run, *LONG)
+        wait_for_rows(process, run, row)
+        time.sleep(choose.random() * 2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    done = mispo("train", *MICRO, f"run_dir={run}", *LONG, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(run, straight)
+
+
+def test_a_torn_checkpoint_is_left_out_and_the_one_before_is_used(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, symlinks=True)
+    critic = run / "checkpoints/step_12/critic.safetensors"
+    size = critic.stat().st_size
+    os.truncate(critic, size // 2)
+    done = mispo("train", "--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"left out: {critic} has {size // 2} bytes of {size}" in done.stdout
+    assert_same_run(run, straight)
+
+
+def test_a_full_disk_ends_the_run_with_its_cause_and_the_checkpoint_before(straight: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the full disk: the actor fits, the optimizer's states do not."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, symlinks=True)
+    shutil.rmtree(run / "checkpoints/step_12")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    command = [sys.executable, "-P", "-m", "mispo.cli", "train", "--resume", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limit)
+    assert done.returncode == 1
+    assert re.search(r"error: the checkpoint \S*/step_12 could not be written: .*[Ff]ile too large", done.stderr)
+    assert f"The last checkpoint is step_9; continue with: mispo train --resume {run}" in done.stderr
+    done = mispo("train", "--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(run, straight)
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ AT_LEAST: dict[str, float] = {
     "eval.traces": 0,
     "checkpoint.every": 0,
     "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 0,
     "tracking.rollouts_every": 0,
 }
 

@@ -126,10 +126,10 @@ def keys_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
-def changed_keys(config: MispoConfig) -> Mapping[str, Any]:
-    """Leaves that differ from the class defaults."""
-    defaults = dict(keys_of(MispoConfig()))
-    return {key: value for key, value in keys_of(config) if value != defaults[key]}
+def changed_keys(config: MispoConfig, before: MispoConfig | None = None) -> Mapping[str, Any]:
+    """Leaves that differ from another config, or from the class defaults."""
+    others = dict(keys_of(before or MispoConfig()))
+    return {key: value for key, value in keys_of(config) if value != others[key]}
 
 
 def _check_key(override: Override) -> None:

@@ -259,6 +259,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always writes one; 0 = only the last."""
     keep_last: int = 2
     """Checkpoints kept; ≥ 1."""
+    keep_best: int = 0
+    """Kept besides: those with the highest greedy held-out accuracy, of the steps with an evaluation."""
 
 
 @dataclass

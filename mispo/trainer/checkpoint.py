@@ -6,14 +6,12 @@ checkpoints/step_N/
     {actor,critic}_optimizer.safetensors   Adam's moments per parameter, `NAME.exp_avg`, `NAME.exp_avg_sq`
     history.safetensors           old weights, under rollout.staleness
     rng.pt                        random states of the first rank
-    state.json                    counters, data cursor, W&B id
-All states are full tensors by parameter name, so another number of ranks or ZeRO stage can read them. Written to
-step_N.tmp and renamed: a directory without .tmp is whole.
+    state.json                    counters, data cursor, states of filter and alarms, W&B id; the other files' sizes
+All states are full tensors by parameter name, so another number of ranks or ZeRO stage can read them.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from dataclasses import dataclass
@@ -23,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.weights import WeightSync, full_weights
 
@@ -35,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; saved as state.json."""
+    """How far a run is; saved in state.json. score: greedy held-out accuracy, if it was measured at this step."""
 
     step: int
     cursor: int
@@ -43,6 +43,8 @@ class Progress:
     critic_updates: int
     wandb_id: str | None
     filter_state: dict[str, float]
+    alarms_seen: dict[str, int]
+    score: float | None
 
 
 def save_checkpoint(
@@ -54,8 +56,12 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     sync: WeightSync,
     keep_last: int,
+    keep_best: int,
 ) -> Path:
-    """Write checkpoints/step_N under `directory`; every rank calls, the first one writes. Returns its path."""
+    """Write checkpoints/step_N under `directory`; every rank calls, the first one writes. Returns its path.
+
+    OSError if it cannot be written; the checkpoints before are then still there.
+    """
     final = directory / f"step_{progress.step}"
     temporary = final.with_name(final.name + ".tmp")
     policy = full_weights(actor, actor.module.policy)
@@ -64,44 +70,27 @@ def save_checkpoint(
     if actor.ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
-        tokenizer.save_pretrained(temporary / "actor")
-        if values is not None:
-            _save(values, temporary / "critic.safetensors")
-        for name, states in moments.items():
-            _save(states, temporary / f"{name}_optimizer.safetensors")
-        snapshots, expected = sync.state()
-        tensors = {f"{version}/{name}": t for version, w in snapshots.items() for name, t in w.items()}
-        tensors |= {f"{version}/probe/{i}": t for version, e in expected.items() for i, t in enumerate(e)}
-        _save(tensors, temporary / "history.safetensors")
-        torch.save(_random_states(), temporary / "rng.pt")
-        (temporary / "state.json").write_text(json.dumps(vars(progress), indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        for old in list_checkpoints(directory)[:-keep_last]:
+        try:
+            actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
+            tokenizer.save_pretrained(temporary / "actor")
+            if values is not None:
+                _save(values, temporary / "critic.safetensors")
+            for name, states in moments.items():
+                _save(states, temporary / f"{name}_optimizer.safetensors")
+            _save(_history(sync), temporary / "history.safetensors")
+            torch.save(_random_states(), temporary / "rng.pt")
+        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+            raise OSError(f"the checkpoint {final} could not be written: {error}") from error
+        finish_checkpoint(temporary, final, vars(progress))
+        for old in superfluous(list_checkpoints(directory), keep_last, keep_best):
             shutil.rmtree(old)
     actor.ranks.barrier()
     return final
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in directory.glob("step_*") if p.suffix != ".tmp" and (p / "state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def latest_checkpoint(directory: Path) -> Path:
-    """ValueError if there is none."""
-    checkpoints = list_checkpoints(directory)
-    if not checkpoints:
-        raise ValueError(f"--resume: {directory} holds no whole checkpoint; start the run anew without --resume")
-    return checkpoints[-1]
-
-
 def load_progress(checkpoint: Path) -> Progress:
     """The counters of a checkpoint."""
-    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+    return Progress(**read_state(checkpoint)["progress"])
 
 
 def load_states(
@@ -135,6 +124,12 @@ def load_states(
     np.random.set_state((kind, keys.numpy(), *rest))
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _history(sync: WeightSync) -> dict[str, Tensor]:
+    snapshots, expected = sync.state()
+    tensors = {f"{version}/{name}": t for version, weights in snapshots.items() for name, t in weights.items()}
+    return tensors | {f"{version}/probe/{i}": t for version, probes in expected.items() for i, t in enumerate(probes)}
 
 
 def _moments(engine: TrainEngine) -> dict[str, Tensor]:

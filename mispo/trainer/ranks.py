@@ -45,6 +45,10 @@ class Ranks:
         dist.all_reduce(shared, op=operation)
         return shared.to(tensor.device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank."""
+        return bool(self.max(torch.tensor(int(flag))))
+
     def count(self, number: int) -> int:
         """Sum of an integer over all ranks."""
         return int(self.sum(torch.tensor(number, dtype=torch.int64)))

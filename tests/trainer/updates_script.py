@@ -16,11 +16,11 @@ from mispo.config.schema import TrainerConfig
 from mispo.trainer.batch import pack
 from mispo.trainer.checkpoint import (
     Progress,
-    latest_checkpoint,
     load_progress,
     load_states,
     save_checkpoint,
 )
+from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.scoring import score_policy, score_values
@@ -74,7 +74,7 @@ def main() -> None:
     torch.manual_seed(0)
     policy, tokenizer = build_policy("micro", None, seed=0)
     critic_model = Critic.from_policy(policy, 1e-2, 0)
-    checkpoint = latest_checkpoint(Path(flags["--load"])) if "--load" in flags else None
+    checkpoint = newest_checkpoint(Path(flags["--load"]))[0] if "--load" in flags else None
     if checkpoint:
         from safetensors.torch import load_file
 
@@ -130,7 +130,7 @@ def main() -> None:
         "stop": (actor.updates, critic.updates),
     }
     if "--save" in flags:
-        progress = Progress(1, 0, actor.updates, critic.updates, None, {})
+        progress = Progress(1, 0, actor.updates, critic.updates, None, {}, {}, None)
         save_checkpoint(
             Path(flags["--save"]),
             progress=progress,
@@ -139,6 +139,7 @@ def main() -> None:
             tokenizer=tokenizer,
             sync=sync,
             keep_last=1,
+            keep_best=0,
         )
     if ranks.first:
         torch.save(result, out)

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM: the first one asks the run to stop where a checkpoint is whole, a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+NOTICE = b"\nstopping: the updates of this step are finished and a checkpoint is written; once more ends it at once\n"
+
+
+class _Broken(BaseException):
+    """Leaves a breakable block; no library takes it for an error."""
+
+
+class Interrupt:
+    """What signals have asked for, on this rank.
+
+    asked: whether one has come since `arm`. The loop looks at it where all ranks can agree; work that may be thrown
+    away, such as sampling, stands in a `breakable` block and ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._breakable = False
+
+    def arm(self) -> None:
+        """From now on signals ask; before, they raise KeyboardInterrupt."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    @contextmanager
+    def breakable(self) -> Iterator[None]:
+        """A block that the first signal leaves early; what it was to compute is then missing, and `asked` is true."""
+        try:
+            self._breakable = True
+            yield
+            self._breakable = False
+        except _Broken:
+            assert self.asked
+        finally:
+            self._breakable = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, NOTICE)
+        if self._breakable:
+            raise _Broken
+
+
+def exit_at_once() -> None:
+    """A further signal ends the process without a word; for the time in which a stopped run is put away."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
