@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from mispo.collect import collect
 from mispo.config.objective import objective
 from mispo.config.schema import MispoConfig
 from mispo.data import Data, build_data
@@ -22,13 +23,14 @@ from mispo.method import build_method
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.tracking import Tracker
+from mispo.replay import replayed
 from mispo.run import Run
 from mispo.trainer.checkpoint import load_progress, load_states
 from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule, Reference, compute_dtype
 from mispo.trainer.ranks import Ranks
-from mispo.trainer.weights import WeightSync
+from mispo.trainer.weights import NoSync, WeightSync
 from mispo.warm_start import warm_start
 from model.build import build_policy
 from model.critic import Critic
@@ -41,12 +43,17 @@ from rollouts.worker import RolloutWorker
 PROBES = 4
 """Prompts on which engine and trainer are compared after each weight sync."""
 
+REPLAY = "replay of {} steps: no engine, so no sampling, no weight sync, no evaluation"
+
 WARM_START_LINES = 10
 """Lines that the warm start prints."""
 
 
-def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
-    """Everything between the config and the first step. ValueError for what the user can mend."""
+def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence[Path] = ()) -> Run:
+    """Everything between the config and the first step. ValueError for what the user can mend.
+
+    replay: files of trajectories that stand in for the rollout engine, one per step.
+    """
     disable_progress_bar()  # of saving and loading weights: it would tear the step lines
     checkpoint, torn = newest_checkpoint(directory / "checkpoints") if resume else (None, [])
     progress = load_progress(checkpoint) if checkpoint else None
@@ -77,7 +84,9 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
         dtype = compute_dtype(config.trainer.dtype, ranks.device)
         critic = _critic(policy, config, checkpoint)
         reference = _reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
-        engine = _rollout_engine(policy, tokenizer, config, ranks)
+        engine = None if replay else _rollout_engine(policy, tokenizer, config, ranks)
+        # Now: under ZeRO-3 the trainer's weights will have no shape.
+        about, experts = _summary(policy, config, ranks, dtype), _num_experts(policy)
         actor_engine, critic_engine = build_engines(
             accelerator,
             ranks,
@@ -85,15 +94,27 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             CriticModule(critic, dtype) if critic else None,
             config.trainer,
         )
-        sync = WeightSync(
-            actor_engine,
-            engine,
-            WeightHistory(config.rollout.staleness),
-            probe=_probe(data, config),
-            tolerance=config.rollout.parity_tolerance,
-            temperature=config.rollout.temperature,
-        )
+        sync: WeightSync | NoSync = NoSync()
+        worker = None
+        if engine is not None:
+            sync = WeightSync(
+                actor_engine,
+                engine,
+                WeightHistory(config.rollout.staleness),
+                probe=_probe(data, config),
+                tolerance=config.rollout.parity_tolerance,
+                temperature=config.rollout.temperature,
+            )
+            worker = RolloutWorker(
+                engine,
+                tokenizer,
+                samples_per_prompt=config.rollout.samples_per_prompt,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                seed=config.seed,
+            )
         if progress and checkpoint:
+            assert isinstance(sync, WeightSync), "a replay is not resumed"
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
             data.stream.cursor = progress.cursor
             sync.publish()
@@ -101,7 +122,6 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
         if progress:
             method.filter.restore(progress.filter_state)
             alarms.seen = dict(progress.alarms_seen)
-        routers = find_routers(engine.model)  # under ZeRO-3 the trainer's own weights have no shape
         tracker = None
         if ranks.first:
             tracker = Tracker(
@@ -111,7 +131,9 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
                 resume_step=progress.step if progress else None,
                 wandb_id=progress.wandb_id if progress else None,
             )
-            say(_summary(policy, engine, config, ranks, dtype), highlight=False, style="dim")
+            say(about, highlight=False, style="dim")
+            if replay:
+                say(REPLAY.format(len(replay)), highlight=False, style="dim")
             say(objective(config), highlight=False, markup=False, style="dim")
         return Run(
             config=config,
@@ -123,16 +145,10 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
             actor=actor_engine,
             critic=critic_engine,
             reference=reference,
-            num_experts=routers[0].module.weight.shape[0] if routers else 0,
+            num_experts=experts,
             pool=pool,
-            worker=RolloutWorker(
-                engine,
-                tokenizer,
-                samples_per_prompt=config.rollout.samples_per_prompt,
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                seed=config.seed,
-            ),
+            collect=replayed(replay, policy.config.get_text_config().vocab_size) if replay else collect,
+            worker=worker,
             sync=sync,
             method=method,
             alarms=alarms,
@@ -140,7 +156,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool) -> Run:
                 engine=engine,
                 pool=pool,
                 tokenizer=tokenizer,
-                heldout=data.heldout,
+                heldout=data.heldout if engine else [],
                 ranks=ranks,
                 task=config.data.task or Path(str(config.data.path)).stem,
                 samples=config.eval.samples,
@@ -275,11 +291,17 @@ def _probe(data: Data, config: MispoConfig) -> list[Tensor]:
     return [prompt.ids for prompt in prompts]
 
 
-def _summary(policy: nn.Module, engine: NativeEngine, config: MispoConfig, ranks: Ranks, dtype: torch.dtype) -> str:
-    count = sum(parameter.numel() for parameter in engine.model.parameters())
-    experts = sorted({type(m).__name__ for name, m in engine.model.named_modules() if name.endswith(".experts")})
+def _num_experts(policy: nn.Module) -> int:
+    """Experts of a MoE layer, 0 for a dense model."""
+    routers = find_routers(policy)
+    return routers[0].module.weight.shape[0] if routers else 0
+
+
+def _summary(policy: nn.Module, config: MispoConfig, ranks: Ranks, dtype: torch.dtype) -> str:
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    experts = sorted({type(m).__name__ for name, m in policy.named_modules() if name.endswith(".experts")})
     return (
-        f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {engine.routers} MoE layers"
+        f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {len(find_routers(policy))} MoE layers"
         f"{' (' + ', '.join(experts) + ')' if experts else ''}, {ranks.size} × {ranks.device.type}, "
         f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mispo import __version__
+from mispo.config.check import check_config
 from mispo.config.load import (
     changed_keys,
     config_from_file,
@@ -36,6 +37,7 @@ EPILOG = """examples:
   mispo train recipe=quickstart algorithm.filter.trajectory_bounds=[0.99,1.01]
   mispo train -m seed=0,1,2                         a sweep, one process per run
   mispo train --resume runs/try trainer.steps=20
+  mispo train --replay runs/try/rollouts/step_3.parquet model.path=runs/try/checkpoints/step_2/actor model.preset=null
   mispo report runs/try"""
 
 
@@ -68,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("-m", "--multirun", action="store_true", help="run every combination of a=1,2 b=x,y")
     train.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic and memory plan")
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory")
+    train.add_argument(
+        "--replay", nargs="+", metavar="FILE", help="train on RUN/rollouts/step_N.parquet, one step each"
+    )
     train.add_argument("--config-dir", type=Path, metavar="DIR", help="your own recipes: DIR/recipe/NAME.yaml")
     train.set_defaults(command=_train)
     report = commands.add_parser("report", help="write report.html and curve.png of a run again")
@@ -81,12 +86,18 @@ def _train(options: argparse.Namespace) -> int:
         return _sweep(options)
     if is_sweep(options.overrides):
         raise ValueError("several values for one key: add -m to run every combination")
+    files, overrides = _replay_files(options)
     if options.resume:
         config = config_from_file(options.resume / "config.yaml", options.overrides)
         directory = options.resume
     else:
-        config = load_config(options.overrides, options.config_dir)
-        directory = run_directory(config, recipe_of(options.overrides))
+        config = load_config(overrides, options.config_dir)
+        directory = run_directory(config, "replay" if files else recipe_of(overrides))
+    if files:
+        from mispo.replay import replay_config
+
+        config = replay_config(config, files)
+        check_config(config)
     resume = options.resume is not None or _is_the_same_run(directory, config)
     if options.dry_run:
         from mispo.plan import print_plan
@@ -94,7 +105,18 @@ def _train(options: argparse.Namespace) -> int:
         print_plan(config, directory)
         return 0
     _prepare(directory, config, resume=resume)
-    return _run(config, directory, resume=resume)
+    return _run(config, directory, resume=resume, replay=files)
+
+
+def _replay_files(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """Files of --replay, and all overrides: argparse takes a key=value that follows a file for one more file."""
+    given = options.replay or []
+    files = [Path(item) for item in given if "=" not in item or Path(item).exists()]
+    if given and options.resume:
+        raise ValueError(
+            "--replay: goes not with --resume; name the checkpoint with model.path=RUN/checkpoints/N/actor"
+        )
+    return files, [*options.overrides, *(item for item in given if Path(item) not in files)]
 
 
 def run_directory(config: MispoConfig, recipe: str) -> Path:
@@ -133,7 +155,7 @@ def _prepare(directory: Path, config: MispoConfig, *, resume: bool) -> None:
         raise ValueError(f"run_dir: cannot write to {directory} ({error.strerror}); give another run_dir") from error
 
 
-def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
+def _run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence[Path] = ()) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     run: Run | None = None
     try:
@@ -141,7 +163,7 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool) -> int:
         from mispo.assemble import build_run
         from mispo.loop import train
 
-        run = build_run(config, directory, resume=resume)
+        run = build_run(config, directory, resume=resume, replay=replay)
         train(run)
         run.close(0)
         if run.ranks.first:
@@ -223,8 +245,8 @@ def _sweep(options: argparse.Namespace) -> int:
     """Every combination in a process and run directory of its own, one after the other."""
     if "WORLD_SIZE" in os.environ:
         raise ValueError("-m: not under a launcher (torchrun, accelerate, deepspeed); start its runs one by one")
-    if options.resume or options.dry_run:
-        raise ValueError("-m: goes with neither --resume nor --dry-run")
+    if options.resume or options.dry_run or options.replay:
+        raise ValueError("-m: goes with none of --resume, --replay, --dry-run")
     jobs = expand_sweep(options.overrides)
     for job in jobs:
         load_config(job, options.config_dir)  # all of them are sound before the first one starts

@@ -23,6 +23,7 @@ def collect(run: Run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[
     An interrupt ends it early, with whatever there is.
     """
     rollout, algorithm, ranks = run.config.rollout, run.config.algorithm, run.ranks
+    assert run.worker is not None, "a replay samples nothing"
     wanted = len(ranks.share(rollout.prompts_per_step))
     kept: list[list[Trajectory]] = []
     spare: list[list[Trajectory]] = []

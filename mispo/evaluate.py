@@ -25,10 +25,10 @@ EVAL_SEED = 2**31
 class Evaluator:
     """Samples the held-out prompts with the current weights of `engine`; every rank takes its share.
 
-    task: name in the metrics. samples: k of avg@k, 0 = greedy only.
+    engine: None where there is nothing to evaluate. task: name in the metrics. samples: k of avg@k, 0 = greedy only.
     """
 
-    engine: Engine
+    engine: Engine | None
     pool: RewardPool
     tokenizer: PreTrainedTokenizerBase
     heldout: list[Prompt]
@@ -70,6 +70,7 @@ class Evaluator:
     def _sample(
         self, prompts: list[Prompt], samples: int, temperature: float, openings: Sequence[str] | None = None
     ) -> list[Trajectory]:
+        assert self.engine is not None, "held-out problems need an engine"
         worker = RolloutWorker(
             self.engine,
             self.tokenizer,

@@ -6,9 +6,10 @@ import json
 import random
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ from mispo.trainer.batch import Batch
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
-from mispo.trainer.weights import WeightSync
+from mispo.trainer.weights import NoSync, WeightSync
 from rewards.shaping import overlong_penalty
 from rewards.workers import RewardPool
 from rollouts.trajectory import Trajectory
@@ -42,8 +43,12 @@ RANDOM_CHOICES = ("actor", "critic", "filter")
 
 @dataclass
 class Run:
-    """All parts of a run on this rank. `tracker` and `printer` exist on the first rank only, `critic` and `reference`
-    where the method has them. score: greedy accuracy on the held-out problems if this step has measured it."""
+    """All parts of a run on this rank.
+
+    tracker, printer: on the first rank only. critic, reference: where the method has them. worker: where trajectories
+    are sampled and not replayed. collect(run, step, timer): this rank's graded trajectories of a step, and metrics.
+    score: greedy accuracy on the held-out problems, if this step has measured it.
+    """
 
     config: MispoConfig
     directory: Path
@@ -56,8 +61,9 @@ class Run:
     reference: Reference | None
     num_experts: int
     pool: RewardPool
-    worker: RolloutWorker
-    sync: WeightSync
+    collect: Callable[[Run, int, Any], tuple[list[Trajectory], dict[str, float]]]
+    worker: RolloutWorker | None
+    sync: WeightSync | NoSync
     method: Method
     alarms: Alarms
     evaluator: Evaluator

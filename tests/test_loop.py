@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import rows_of, train, without_times
+from runs import MICRO, mispo, rows_of, train, without_times
 from safetensors.torch import load_file
 
 
@@ -29,7 +30,7 @@ def test_a_run_directory_holds_everything(straight: Path) -> None:
     assert [row["critic/updates"] for row in rows[1:]] == [12.0] * 4
     for name in ("config.yaml", "report.html", "curve.png", "samples_before.jsonl", "samples_after.jsonl"):
         assert (straight / name).stat().st_size > 0, name
-    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["step_2", "step_4"]
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["latest", "step_2", "step_4"]
     assert len(list((straight / "rollouts").glob("*.parquet"))) == 4
 
 
@@ -49,6 +50,41 @@ def test_a_resumed_run_is_the_same_run(straight: Path, tmp_path: Path) -> None:
     for file in ("actor/model.safetensors", "critic.safetensors", "actor_optimizer.safetensors"):
         a, b = (load_file(run / "checkpoints/step_4" / file) for run in (straight, directory))
         assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), file
+
+
+def test_a_replay_of_saved_rollouts_trains_as_the_run_did(straight: Path, tmp_path: Path) -> None:
+    """No engine: the same updates from the same weights, so the same numbers, bit for bit, in the second step too."""
+    files = [str(straight / f"rollouts/step_{step}.parquet") for step in (1, 2)]
+    done = mispo("train", *MICRO, f"run_dir={tmp_path / 'run'}", "--replay", *files, "seed=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "replay of 2 steps: no engine" in done.stdout
+    rows, expected = without_times(rows_of(tmp_path / "run")), without_times(rows_of(straight))
+    assert rows[0] == {"step": 0}
+    for step in (1, 2):
+        assert rows[step] == {k: v for k, v in expected[step].items() if not k.startswith("sync/")}
+    for name in ("actor/loss", "critic/loss", "mismatch/k3", "moe/rollout_confidence/mean"):
+        assert name in rows[2]
+
+
+def test_rollouts_of_another_model_are_not_replayed(straight: Path, tmp_path: Path) -> None:
+    file = straight / "rollouts/step_1.parquet"
+    for replayed, words in (
+        (straight / "config.yaml", "config.yaml does not read as rollouts of this version of mispo"),
+        (straight / "rollouts/step_9.parquet", "--replay: no such file"),
+    ):
+        done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--replay", str(file), str(replayed), cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr
+    table = pq.read_table(file)
+    pq.write_table(table.slice(0, 7), tmp_path / "cut.parquet")
+    done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--replay", f"{tmp_path}/cut.parquet", cwd=tmp_path)
+    assert "cut.parquet does not hold equally many samples of each prompt" in done.stderr
+    wide = [[10**6] for _ in range(len(table))]
+    place = table.column_names.index("prompt_ids")
+    pq.write_table(table.set_column(place, "prompt_ids", pa.array(wide)), tmp_path / "other.parquet")
+    done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--replay", f"{tmp_path}/other.parquet", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has the token 1000000, but the model knows only" in done.stderr
 
 
 def columns_of(directory: Path, step: int) -> list[dict[str, Any]]:

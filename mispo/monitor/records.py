@@ -8,9 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from mispo.monitor.files import json_line, replacing
-from rollouts.trajectory import Trajectory
+from rollouts.trajectory import Prompt, Trajectory
 
 ROLLOUT_FIELDS = pa.schema(
     [
@@ -23,7 +24,9 @@ ROLLOUT_FIELDS = pa.schema(
         ("message", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.int32())),
+        ("action_mask", pa.list_(pa.bool_())),
         ("rollout_logprobs", pa.list_(pa.float32())),
+        ("routing_confidence", pa.list_(pa.float32())),
         ("weight_version", pa.int64()),
         ("seed", pa.int64()),
         ("index", pa.int64()),
@@ -55,7 +58,41 @@ def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mappi
         pq.write_table(table, temporary, compression="zstd")
 
 
+def load_rollouts(path: Path) -> list[Trajectory]:
+    """The trajectories of a rollouts file, in order; of the data row only question and answer are kept.
+
+    ValueError if it is no such file.
+    """
+    try:
+        return [_trajectory(row) for row in pq.read_table(path, columns=ROLLOUT_FIELDS.names).to_pylist()]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not read as rollouts of this version of mispo ({reason})") from error
+
+
+def _trajectory(row: Mapping[str, Any]) -> Trajectory:
+    prompt_ids, completion_ids = (
+        torch.tensor(row[name], dtype=torch.int64) for name in ("prompt_ids", "completion_ids")
+    )
+    confidence = row["routing_confidence"]
+    return Trajectory(
+        prompt=Prompt(prompt_ids, row["question"], row["answer"], {}, row["index"]),
+        sample=row["sample"],
+        seed=row["seed"],
+        completion_ids=completion_ids,
+        action_mask=torch.tensor(row["action_mask"], dtype=torch.bool),
+        rollout_logprobs=torch.tensor(row["rollout_logprobs"], dtype=torch.float32),
+        finish_reason=row["finish_reason"],
+        weight_version=row["weight_version"],
+        routing_confidence=None if confidence is None else torch.tensor(confidence, dtype=torch.float32),
+        completion=row["completion"],
+        reward=row["reward"],
+        reward_info={"outcome": row["outcome"], "message": row["message"]},
+    )
+
+
 def _record(trajectory: Trajectory) -> dict[str, Any]:
+    confidence = trajectory.routing_confidence
     return {
         "question": trajectory.prompt.text,
         "answer": trajectory.prompt.answer,
@@ -66,7 +103,9 @@ def _record(trajectory: Trajectory) -> dict[str, Any]:
         "message": trajectory.reward_info.get("message"),
         "prompt_ids": trajectory.prompt_ids.cpu().numpy(),
         "completion_ids": trajectory.completion_ids.cpu().numpy(),
+        "action_mask": trajectory.action_mask.cpu().numpy(),
         "rollout_logprobs": trajectory.rollout_logprobs.cpu().numpy(),
+        "routing_confidence": None if confidence is None else confidence.cpu().numpy(),
         "weight_version": trajectory.weight_version,
         "seed": trajectory.seed,
         "index": trajectory.prompt.index,

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
-from mispo.trainer.weights import WeightSync, full_weights
+from mispo.trainer.weights import NoSync, WeightSync, full_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,7 +54,7 @@ def save_checkpoint(
     actor: TrainEngine,
     critic: TrainEngine | None,
     tokenizer: PreTrainedTokenizerBase,
-    sync: WeightSync,
+    sync: WeightSync | NoSync,
     keep_last: int,
     keep_best: int,
 ) -> Path:
@@ -126,7 +126,7 @@ def load_states(
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _history(sync: WeightSync) -> dict[str, Tensor]:
+def _history(sync: WeightSync | NoSync) -> dict[str, Tensor]:
     snapshots, expected = sync.state()
     tensors = {f"{version}/{name}": t for version, weights in snapshots.items() for name, t in weights.items()}
     return tensors | {f"{version}/probe/{i}": t for version, probes in expected.items() for i, t in enumerate(probes)}

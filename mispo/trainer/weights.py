@@ -99,6 +99,21 @@ class WeightSync:
         self._expected[self.actor.updates] = score_texts(self.actor, self._pairs, self.temperature)
 
 
+class NoSync:
+    """In place of `WeightSync` where nobody samples: a replay."""
+
+    def record(self) -> None:
+        """Nothing to remember."""
+
+    def publish(self) -> dict[str, float]:
+        """Nobody to tell."""
+        return {}
+
+    def state(self) -> tuple[dict[int, dict[str, Tensor]], dict[int, list[Tensor]]]:
+        """Nothing."""
+        return {}, {}
+
+
 def score_texts(actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
     """The trainer's log-probs [T] of each completion [T] after its prompt [P]; the same on all ranks."""
     lengths = [len(completion) for _, completion in pairs]
