@@ -27,9 +27,10 @@ from mispo.replay import replayed
 from mispo.run import Run
 from mispo.trainer.checkpoint import load_progress, load_states
 from mispo.trainer.checkpoint_files import newest_checkpoint
-from mispo.trainer.engine import build_engines, start_ranks
+from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule, Reference, compute_dtype
-from mispo.trainer.ranks import Ranks
+from mispo.trainer.ranks import Ranks, max_memory_gb
+from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.weights import NoSync, WeightSync
 from mispo.warm_start import warm_start
 from model.build import build_policy
@@ -87,6 +88,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         engine = None if replay else _rollout_engine(policy, tokenizer, config, ranks)
         # Now: under ZeRO-3 the trainer's weights will have no shape.
         about, experts = _summary(policy, config, ranks, dtype), _num_experts(policy)
+        vocabulary = policy.config.get_text_config().vocab_size
         actor_engine, critic_engine = build_engines(
             accelerator,
             ranks,
@@ -113,6 +115,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 temperature=config.rollout.temperature,
                 seed=config.seed,
             )
+        _rehearse(actor_engine, critic_engine, config, vocabulary, say)
         if progress and checkpoint:
             assert isinstance(sync, WeightSync), "a replay is not resumed"
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
@@ -147,7 +150,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             reference=reference,
             num_experts=experts,
             pool=pool,
-            collect=replayed(replay, policy.config.get_text_config().vocab_size) if replay else collect,
+            collect=replayed(replay, vocabulary) if replay else collect,
             worker=worker,
             sync=sync,
             method=method,
@@ -282,6 +285,23 @@ def _rollout_engine(
     ends = policy.generation_config.eos_token_id if policy.generation_config else None
     ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return NativeEngine(model, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots)
+
+
+def _rehearse(
+    actor: TrainEngine, critic: TrainEngine | None, config: MispoConfig, vocabulary: int, say: Callable[..., None]
+) -> None:
+    """The largest micro-batch there can be, before anything long has begun."""
+    longest, budget = (
+        config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        config.trainer.tokens_per_microbatch,
+    )
+    seconds = sum(rehearse(engine, longest, budget, vocabulary) for engine in (actor, critic) if engine)
+    say(
+        f"worst case fits: {max(1, budget // longest)} × {longest} tokens forward and backward, {seconds:.1f} s, "
+        f"peak memory {max_memory_gb(actor.ranks.device):.2f} GB",
+        highlight=False,
+        style="dim",
+    )
 
 
 def _probe(data: Data, config: MispoConfig) -> list[Tensor]:

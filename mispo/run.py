@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from mispo.algorithm.objective import Samples
@@ -30,7 +28,7 @@ from mispo.step_metrics import StepRecord
 from mispo.trainer.batch import Batch
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import Reference
-from mispo.trainer.ranks import Ranks
+from mispo.trainer.ranks import Ranks, max_memory_gb
 from mispo.trainer.weights import NoSync, WeightSync
 from rewards.shaping import overlong_penalty
 from rewards.workers import RewardPool
@@ -175,11 +173,7 @@ class Run:
     def throughput(self, batch: Batch, seconds: float) -> dict[str, float]:
         """Generated tokens of all ranks per second of the whole step, and the memory high-water mark."""
         tokens = self.ranks.count(int(batch.offsets_B1[-1]))
-        if self.ranks.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {"perf/tokens_per_s": tokens / seconds, "perf/max_memory_gb": memory}
+        return {"perf/tokens_per_s": tokens / seconds, "perf/max_memory_gb": max_memory_gb(self.ranks.device)}
 
     def close(self, exit_code: int) -> None:
         """End the children and the tracker."""

@@ -235,6 +235,8 @@ class TrainerConfig:
     """DeepSpeed ZeRO stage: 0, 1, 2 or 3."""
     dtype: str = "auto"
     """Compute precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16. Parameters and routers stay fp32."""
+    all_must_learn: bool = True
+    """Stop if a trainable tensor has no gradient in the first update: it would stay as it is for ever. Ours."""
     max_skipped_updates: int = 3
     """Consecutive updates with a non-finite gradient before the run stops."""
 

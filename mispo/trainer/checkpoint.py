@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import safe_set_full_optimizer_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -136,16 +136,12 @@ def _moments(engine: TrainEngine) -> dict[str, Tensor]:
     """Adam's moments by parameter name; {} before the first update. Collective under ZeRO."""
     if not engine.updates:
         return {}
-    plain = engine.engine.zero_optimization_stage() == 0
-    states: dict[str, Tensor] = {}
     engine.link_states()
-    for name, parameter in engine.module.named_parameters():
-        for moment in MOMENTS:
-            if plain:
-                states[f"{name}.{moment}"] = engine.engine.optimizer.state[parameter][moment]
-            else:
-                states[f"{name}.{moment}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
-    return states
+    return {
+        f"{name}.{moment}": engine.moment(parameter, moment)
+        for name, parameter in engine.module.named_parameters()
+        for moment in MOMENTS
+    }
 
 
 def _load_moments(engine: TrainEngine, states: dict[str, Tensor], path: Path) -> None:
@@ -165,8 +161,7 @@ def _load_moments(engine: TrainEngine, states: dict[str, Tensor], path: Path) ->
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, states[f"{name}.{moment}"].to(engine.ranks.device), moment)
-    for state in engine.engine.optimizer.optimizer.state.values():
-        state["step"] = torch.tensor(float(engine.updates))
+    engine.set_step(engine.updates)
 
 
 def _zero_loss(engine: TrainEngine) -> Tensor:

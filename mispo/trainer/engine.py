@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -42,16 +43,17 @@ class TrainEngine:
     """
 
     def __init__(
-        self, name: str, engine: DeepSpeedEngine, ranks: Ranks, lr: float, warmup: int, max_skipped: int
+        self, name: str, engine: DeepSpeedEngine, ranks: Ranks, lr: float, warmup: int, config: TrainerConfig
     ) -> None:
         self.name = name
         self.engine = engine
         self.ranks = ranks
         self.lr = lr
         self.warmup = warmup
-        self.max_skipped = max_skipped
+        self.max_skipped = config.max_skipped_updates
         self.updates = 0
         self._skipped_in_a_row = 0
+        self._must_check = config.all_must_learn
 
     @property
     def module(self) -> nn.Module:
@@ -84,6 +86,9 @@ class TrainEngine:
             self.engine.backward(loss * self.ranks.size)
         norm, applied = self._step()
         self._count(applied)
+        if self._must_check and applied and norm > 0:
+            self._check_all_learn()
+            self._must_check = False
         return Update(self.ranks.sum(total).item(), norm, lr, applied)
 
     def create_states(self, zero_loss: Tensor) -> None:
@@ -93,6 +98,15 @@ class TrainEngine:
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(zero_loss)
         self.engine.step()
+        self.engine.zero_grad()
+        self.set_step(0)
+
+    def set_step(self, updates: int) -> None:
+        """Let the optimizer believe that it has made so many updates (its bias correction depends on it)."""
+        stage = self.engine.zero_optimization_stage()
+        optimizer = self.engine.optimizer.optimizer if stage else self.engine.optimizer
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(updates))
 
     def link_states(self) -> None:
         """Make the optimizer's states reachable by parameter, before they are read or set.
@@ -118,6 +132,25 @@ class TrainEngine:
         self.engine.step()
         applied = not self.engine.optimizer.overflow
         return (float(self.engine.get_global_grad_norm()) if applied else float("nan")), applied
+
+    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """One of Adam's moments of a parameter, whole, wherever ZeRO keeps it. Collective; first `link_states`."""
+        if self.engine.zero_optimization_stage() == 0:
+            return self.engine.optimizer.state[parameter][name]
+        return safe_get_full_optimizer_state(parameter, name).cpu()
+
+    def _check_all_learn(self) -> None:
+        """RuntimeError if the first update had no gradient for a trainable tensor: it would never learn anything."""
+        self.link_states()
+        learning = {name: bool(self.moment(p, "exp_avg").any()) for name, p in self.module.named_parameters()}
+        still = [name for name, learns in learning.items() if not learns]
+        if still:
+            shown = ", ".join(still[:5]) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
+            raise RuntimeError(
+                f"{self.name}: {len(still)} of {len(learning)} trainable tensors had no gradient in the first update: "
+                f"{shown}. They belong to parts of the model that are not used, or the sharding loses them; if that is "
+                "meant, set trainer.all_must_learn=false"
+            )
 
     def _count(self, applied: bool) -> None:
         if applied:
@@ -166,7 +199,7 @@ def build_engines(
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
         optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=0.0, betas=BETAS)
         engine, _ = accelerator.prepare(module, optimizer)
-        engines.append(TrainEngine(name, engine, ranks, lr, warmup, config.max_skipped_updates))
+        engines.append(TrainEngine(name, engine, ranks, lr, warmup, config))
     assert engines[0] is not None
     return engines[0], engines[1]
 

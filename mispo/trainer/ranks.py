@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,6 +81,13 @@ class Ranks:
         self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def max_memory_gb(device: torch.device) -> float:
+    """High-water mark of this process, GiB: of the accelerator's memory, or of the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def prepare_environment() -> None:

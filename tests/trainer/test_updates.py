@@ -66,6 +66,25 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
         run_script(tmp_path / "after.pt", 0, 1, "--nan", "yes", "--max-skipped", "2")
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_tensor_without_a_gradient_is_named(tmp_path: Path, stage: int) -> None:
+    with pytest.raises(
+        AssertionError, match=r"actor: 1 of \d+ trainable tensors had no gradient .*: policy\.forgotten\."
+    ):
+        run_script(tmp_path / "unused.pt", stage, 1, "--unused", "yes")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_rehearsal_of_the_worst_case_leaves_no_trace(tmp_path: Path, stage: int) -> None:
+    """Bit for bit: losses, weights, and through them the optimizer's states."""
+    plain = run_script(tmp_path / "plain.pt", stage, 2)
+    after = run_script(tmp_path / "rehearsed.pt", stage, 2, "--rehearse", "yes")
+    for key in ("losses", "norms", "logprobs"):
+        assert torch.equal(plain[key], after[key]), key
+    for name in ("actor", "critic"):
+        assert all(torch.equal(tensor, after[name][key]) for key, tensor in plain[name].items())
+
+
 def test_an_engine_that_does_not_take_the_weights_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"weight sync: engine and trainer differ by .* nats per token"):
         run_script(tmp_path / "deaf.pt", 0, 1, "--deaf", "yes")

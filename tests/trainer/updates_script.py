@@ -1,6 +1,7 @@
 """Run by test_updates.py in processes of its own: a few updates on a fixed batch, results written to a file.
 
-Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N]
+Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N] [--unused yes]
+[--rehearse yes] [--deaf yes]
 """
 
 import sys
@@ -23,6 +24,7 @@ from mispo.trainer.checkpoint import (
 from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule
+from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.scoring import score_policy, score_values
 from mispo.trainer.update import update_actor, update_critic
 from mispo.trainer.weights import WeightSync, full_weights
@@ -81,10 +83,15 @@ def main() -> None:
         policy, tokenizer = build_policy(None, str(checkpoint / "actor"))
         critic_model.load_state_dict(load_file(checkpoint / "critic.safetensors"))
     copy, _ = build_policy("micro", None, seed=0)
+    if "--unused" in flags:
+        policy.forgotten = torch.nn.Parameter(torch.ones(3))
     actor, critic = build_engines(
         accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config
     )
     engine = DeafEngine(copy, [1], 0, 4) if "--deaf" in flags else NativeEngine(copy, [1], 0, 4)
+    if "--rehearse" in flags:
+        rehearse(actor, 30, 100, 90)
+        rehearse(critic, 30, 100, 90)
     sync = WeightSync(actor, engine, WeightHistory(0), probe=[torch.arange(7, 15)], tolerance=1e-4, temperature=1.0)
     if checkpoint:
         load_states(checkpoint, load_progress(checkpoint), actor=actor, critic=critic, sync=sync)

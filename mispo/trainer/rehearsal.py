@@ -1,0 +1,59 @@
+"""Before step 1: the largest micro-batch there can be, once, so that trouble with memory shows at once."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from mispo.algorithm.segments import offsets_of
+from mispo.trainer.batch import Batch, model_input
+from mispo.trainer.engine import TrainEngine
+
+
+def rehearse(engine: TrainEngine, longest: int, token_budget: int, vocabulary: int) -> float:
+    """Forward and backward over as many trajectories of `longest` tokens as a micro-batch holds, all of them scored.
+
+    Nothing is learnt from it: the loss is multiplied by 0, and the optimizer's states are as before. Returns seconds.
+    RuntimeError that names the setting if the memory does not suffice.
+    """
+    count = max(1, token_budget // longest)
+    start = time.perf_counter()
+    try:
+        engine.create_states(0 * _loss(engine, worst_batch(count, longest, vocabulary)))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{engine.name}: out of memory on {count} trajectories of {longest} tokens, forward and backward "
+            f"({str(error).splitlines()[0]}); lower trainer.tokens_per_microbatch (at least {longest}), "
+            "data.max_prompt_tokens or rollout.max_new_tokens, or raise trainer.zero_stage"
+        ) from error
+    return time.perf_counter() - start
+
+
+def worst_batch(count: int, longest: int, vocabulary: int) -> Batch:
+    """Random trajectories that are one token of prompt and else completion."""
+    ids = torch.randint(vocabulary, (count, longest), generator=torch.Generator().manual_seed(0))
+    return Batch(
+        ids=list(ids),
+        columns=[torch.arange(longest - 1)] * count,
+        offsets_B1=offsets_of(torch.full((count,), longest - 1)),
+        rollout_logprobs_N=torch.zeros(count * (longest - 1)),
+        rewards_B=torch.zeros(count),
+        penalties_B=torch.zeros(count),
+        truncated_B=torch.zeros(count, dtype=torch.bool),
+        included_B=torch.ones(count, dtype=torch.bool),
+        position_B=torch.arange(count),
+        total=count,
+    )
+
+
+def _loss(engine: TrainEngine, batch: Batch) -> Tensor:
+    engine.engine.train()
+    x = model_input(batch, range(len(batch)), engine.ranks.device)
+    if engine.name == "actor":
+        logprobs, entropy = engine.forward(x.ids, x.rows, x.columns, x.targets, 1.0)
+        return logprobs.sum() + entropy.sum()
+    return engine.forward(x.ids, x.rows, x.columns).sum()
