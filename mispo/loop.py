@@ -76,20 +76,26 @@ def train_step(run: Run, step: int) -> None:
             included=included_N,
             reference=reference_N,
         )
+        lags_B = torch.tensor([run.actor.updates - t.weight_version for t in trajectories])
+        record = StepRecord(batch, trajectories, policy, values, targets_N, selection, lags_B)
+        # Before the updates: should they fail, the batch is there to be replayed.
+        run.save_rollouts(step, record, samples)
         with timer("critic"):
             critic_updates = update_values(run, batch, values, targets_N, included_N, step)
-        lags_B = torch.tensor([run.actor.updates - t.weight_version for t in trajectories])
         with timer("actor"):
             actor_updates = update_policy(run, batch, samples, step)
         with timer("sync"):
             synced = run.sync.publish()
-    record = StepRecord(
-        batch, trajectories, policy, values, targets_N, selection, lags_B, actor_updates, critic_updates
+    metrics = step_metrics(
+        run.ranks,
+        record,
+        actor_updates,
+        critic_updates,
+        num_experts=run.num_experts,
+        reward_range=run.reward_range,
     )
-    metrics = step_metrics(run.ranks, record, num_experts=run.num_experts, reward_range=run.reward_range)
     metrics |= collected | synced | timer.seconds
     metrics |= run.throughput(batch, timer.seconds["timing_s/step"])
-    run.save_rollouts(step, record, samples)
     run.report_step(step, metrics)
     stop = run.check_alarms(metrics)
     if stop or run.due(run.config.checkpoint.every, step):

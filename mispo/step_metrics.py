@@ -27,8 +27,8 @@ from rollouts.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did, on this rank. values, targets_N: None without a critic. lags_B: actor updates that each
-    trajectory's weights were behind the trainer's."""
+    """A step before its updates, on this rank. values, targets_N: None without a critic. lags_B: actor updates that
+    each trajectory's weights were behind the trainer's."""
 
     batch: Batch
     trajectories: Sequence[Trajectory]
@@ -37,12 +37,16 @@ class StepRecord:
     targets_N: Tensor | None
     selection: Selection
     lags_B: Tensor
-    actor_updates: Sequence[Update | None]
-    critic_updates: Sequence[Update]
 
 
 def step_metrics(
-    ranks: Ranks, record: StepRecord, *, num_experts: int, reward_range: tuple[float, float]
+    ranks: Ranks,
+    record: StepRecord,
+    actor_updates: Sequence[Update | None],
+    critic_updates: Sequence[Update],
+    *,
+    num_experts: int,
+    reward_range: tuple[float, float],
 ) -> dict[str, float]:
     """Everything except times. Collective: every rank calls it with its share, all get the same row.
 
@@ -98,9 +102,9 @@ def step_metrics(
             if "reward/finished_mean" in metrics:
                 low, high = reward_range
                 metrics["trunc/bootstrap_gap"] = (bootstrap - metrics["reward/finished_mean"]) / (high - low)
-        metrics |= _updates("critic", record.critic_updates)
-    metrics |= _updates("actor", record.actor_updates) | _moved(record.actor_updates)
-    metrics["mis/empty_minibatches"] = float(sum(update is None for update in record.actor_updates))
+        metrics |= _updates("critic", critic_updates)
+    metrics |= _updates("actor", actor_updates) | _moved(actor_updates)
+    metrics["mis/empty_minibatches"] = float(sum(update is None for update in actor_updates))
     return metrics
 
 
