@@ -1,0 +1,155 @@
+"""Loss and gradients of actor and critic depend neither on the micro-batches, nor on the order, nor on the padding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mispo.algorithm.loss import PolicyLoss, gspo_loss, mispo_loss, ppo_loss
+from mispo.algorithm.objective import Objective, Samples
+from mispo.algorithm.segments import lengths_of, offsets_of
+from mispo.trainer.batch import Batch
+from mispo.trainer.engine import TrainEngine, Update
+from mispo.trainer.policy import ActorModule, CriticModule
+from mispo.trainer.ranks import Ranks
+from mispo.trainer.update import update_actor, update_critic
+from model.build import build_policy
+from model.critic import Critic
+
+COUNT, LONGEST = 6, 24
+
+
+class Plain:
+    """An engine without an optimizer: gradients stay where they are, to be looked at."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.ranks = Ranks(0, 1, torch.device("cpu"))
+        self.forwards = 0
+
+    def forward(self, *arguments: Any) -> Any:
+        self.forwards += 1
+        return self.module(*arguments)
+
+    def update(self, losses: Sequence[Callable[[], Tensor]]) -> Update:
+        self.module.zero_grad()
+        total = 0.0
+        for compute in losses:
+            loss = compute()
+            loss.backward()
+            total += loss.item()
+        return Update(total, 0.0, 0.0, False)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
+
+
+def batch_of(seed: int) -> tuple[Batch, Samples]:
+    """Six trajectories of 2 to 24 tokens, some of them rejected, one left out."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, LONGEST + 1, (COUNT,), generator=generator)
+    ids = [torch.randint(7, 90, (int(n),), generator=generator) for n in lengths]
+    prompts = [int(torch.randint(1, int(n), (1,), generator=generator)) for n in lengths]
+    offsets = offsets_of(torch.tensor([len(i) - p for i, p in zip(ids, prompts, strict=True)]))
+    tokens = int(offsets[-1])
+    owner = torch.repeat_interleave(torch.arange(COUNT), lengths_of(offsets))
+    old, advantages, noise = (torch.randn(tokens, generator=generator) for _ in range(3))
+    batch = Batch(
+        ids=ids,
+        columns=[torch.arange(p - 1, len(i) - 1) for i, p in zip(ids, prompts, strict=True)],
+        offsets_B1=offsets,
+        rollout_logprobs_N=torch.zeros(tokens),
+        rewards_B=torch.zeros(COUNT),
+        penalties_B=torch.zeros(COUNT),
+        truncated_B=torch.zeros(COUNT, dtype=torch.bool),
+        included_B=torch.arange(COUNT) != 1,
+        position_B=torch.arange(COUNT),
+        total=COUNT,
+    )
+    included = owner != 1
+    weights = (noise > -1).float() * (owner != 3) * included
+    return batch, Samples(old * 0.3 - 4.5, advantages, weights, included)
+
+
+def reordered(batch: Batch, samples: Samples, order: list[int]) -> tuple[Batch, Samples]:
+    part, at = batch.part(order), batch.tokens_of(order)
+    return replace(part, position_B=torch.arange(COUNT)), samples.at(at, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def engines() -> tuple[Plain, Plain]:
+    policy, _ = build_policy("micro", None, seed=0)
+    critic = Critic.from_policy(policy, 0.1, 0)
+    return Plain("actor", ActorModule(policy, torch.float32)), Plain("critic", CriticModule(critic, torch.float32))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, gradient in a.items():
+        assert (gradient - b[name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("norm", ["tokens", "accepted", "sequence", "constant"])
+@settings(max_examples=4)
+@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), budget=st.integers(LONGEST, COUNT * LONGEST))
+def test_the_actors_gradient(engines: tuple[Plain, Plain], norm: str, seed: int, order: list[int], budget: int) -> None:
+    batch, samples = batch_of(seed)
+    losses: list[PolicyLoss] = [
+        mispo_loss,
+        partial(ppo_loss, clip=(0.2, 0.2), dual_clip=3.0),
+        partial(gspo_loss, clip=(0.1, 0.1)),
+    ]
+    objective = Objective(losses[seed % 3], norm, LONGEST, 0.0, 0.0)
+    found = []
+    for some, chosen, tokens in ((batch, samples, 10**6), (*reordered(batch, samples, order), budget)):
+        engine = engines[0]
+        (update,) = update_actor(
+            cast(TrainEngine, engine),
+            some,
+            chosen,
+            objective,
+            parts=1,
+            token_budget=tokens,
+            seed=0,
+            temperature=0.8,
+            after_update=lambda: None,
+        )
+        assert update is not None
+        found.append((update.loss, engine.gradients()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5, abs=1e-7)
+    assert_same(found[0][1], found[1][1])
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), budget=st.integers(LONGEST, COUNT * LONGEST))
+def test_the_critics_gradient(engines: tuple[Plain, Plain], seed: int, order: list[int], budget: int) -> None:
+    batch, samples = batch_of(seed)
+    found = []
+    for some, chosen, tokens in ((batch, samples, 10**6), (*reordered(batch, samples, order), budget)):
+        engine = engines[1]
+        arguments = (some, chosen.old_logprobs, chosen.advantages, chosen.included)
+        (update,) = update_critic(
+            cast(TrainEngine, engine), *arguments, parts=1, token_budget=tokens, seed=0, value_clip=0.3
+        )
+        found.append((update.loss, engine.gradients()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5, abs=1e-7)
+    assert_same(found[0][1], found[1][1])
+
+
+def test_a_smaller_budget_means_more_forwards(engines: tuple[Plain, Plain]) -> None:
+    """Or the tests above would compare one thing with itself."""
+    batch, samples = batch_of(3)
+    counts = []
+    for tokens in (10**6, LONGEST):
+        engine, before = engines[1], engines[1].forwards
+        arguments = (batch, samples.old_logprobs, samples.advantages, samples.included)
+        update_critic(cast(TrainEngine, engine), *arguments, parts=1, token_budget=tokens, seed=0, value_clip=None)
+        counts.append(engine.forwards - before)
+    assert counts[0] == 1
+    assert counts[1] >= COUNT // 2
