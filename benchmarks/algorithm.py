@@ -10,15 +10,11 @@ same process. Peak memory: how far the resident set rises (Linux).
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measuring import median_seconds, peak_mib
 from torch import Tensor
 from writing import table, write_results
 
@@ -152,32 +148,6 @@ def forward_seconds(repeats: int) -> float:
     rows = torch.arange(FORWARD_SEQUENCES).repeat_interleave(FORWARD_LENGTH)
     columns = torch.arange(FORWARD_LENGTH).repeat(FORWARD_SEQUENCES)
     return median_seconds(lambda: actor(ids, rows, columns, ids.flatten(), 1.0), repeats) / ids.numel()
-
-
-def median_seconds(function: Callable[[], object], repeats: int) -> float:
-    """After a warm-up."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def peak_mib(function: Callable[[], object]) -> float:
-    """How far the resident set rises above its start while the function runs once (Linux)."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    function()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ class _Chunked(torch.autograd.Function):
                 bias_grad_V += slope_cV.sum(0)
             slope = slope_cV.to(hidden_nH.dtype)
             hidden_grad_nH[part] = slope @ weight
-            if weight_grad_VH is not None:
+            if weight_grad_VH is not None and slope.dtype == weight_grad_VH.dtype:
+                weight_grad_VH.addmm_(slope.T, hidden_nH[part])  # without a second tensor of its size
+            elif weight_grad_VH is not None:
                 weight_grad_VH += slope.T @ hidden_nH[part]
         return hidden_grad_nH, weight_grad_VH, bias_grad_V, None, None, None, None
 
