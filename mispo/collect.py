@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import torch
-
 from mispo.run import Run
 from rollouts.trajectory import Trajectory
 from rollouts.worker import grade
@@ -22,31 +20,31 @@ def collect(run: Run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[
 
     An interrupt ends it early, with whatever there is.
     """
-    rollout, algorithm, ranks = run.config.rollout, run.config.algorithm, run.ranks
     assert run.worker is not None, "a replay samples nothing"
-    wanted = len(ranks.share(rollout.prompts_per_step))
+    rollout, dynamic, ranks = run.config.rollout, run.config.algorithm.dynamic_sampling, run.ranks
+    wanted, each = rollout.prompts_per_step, rollout.samples_per_prompt
     kept: list[list[Trajectory]] = []
     spare: list[list[Trajectory]] = []
     missing, rounds, asked = wanted, 0, False
-    while missing and not asked and rounds < (algorithm.max_rounds if algorithm.dynamic_sampling else 1):
-        prompts = run.data.stream.take(missing * ranks.size if rounds else rollout.prompts_per_step)
+    while missing and not asked and rounds < (run.config.algorithm.max_rounds if dynamic else 1):
+        prompts = run.data.stream.take(missing)
         trajectories: list[Trajectory] = []
         with run.interrupt.breakable():
             with timer("rollout"):
-                trajectories = run.worker.sample([prompts[i] for i in ranks.share(len(prompts))])
+                trajectories = run.worker.sample([prompts[i] for i in ranks.share(missing)])
             with timer("reward"):
                 trajectories = grade(trajectories, run.pool)
-        for start in range(0, len(trajectories), rollout.samples_per_prompt):
-            group = trajectories[start : start + rollout.samples_per_prompt]
-            (spare if algorithm.dynamic_sampling and not informative(group) else kept).append(group)
+        groups = [trajectories[start : start + each] for start in range(0, len(trajectories), each)]
+        # Which prompts are replaced is decided together: their number on each rank differs.
+        for group in ranks.concatenate(groups) if dynamic else groups:
+            (spare if dynamic and not informative(group) else kept).append(group)
         rounds += 1
-        missing, asked = ranks.max(torch.tensor([max(0, wanted - len(kept)), int(run.interrupt.asked)])).tolist()
-    chosen = [trajectory for group in [*kept, *spare][:wanted] for trajectory in group]
-    metrics: dict[str, float] = {}
-    if algorithm.dynamic_sampling:
-        filled = ranks.count(max(0, wanted - len(kept)))
-        metrics = {"rollout/rounds": float(rounds), "rollout/filled": filled / rollout.prompts_per_step}
-    return run.permute(chosen, step), metrics
+        missing, asked = max(0, wanted - len(kept)), ranks.any(run.interrupt.asked)
+    if not dynamic:
+        return run.permute([trajectory for group in kept for trajectory in group], step), {}
+    chosen = [*kept, *spare][:wanted]
+    mine = [trajectory for i in ranks.share(len(chosen)) for trajectory in chosen[i]]
+    return run.permute(mine, step), {"rollout/rounds": float(rounds), "rollout/filled": missing / wanted}
 
 
 def informative(group: list[Trajectory]) -> bool:

@@ -35,6 +35,16 @@ def test_every_method_trains(tmp_path: Path, name: str) -> None:
         assert rows[1]["rollout/filled"] == 0
 
 
+def test_dynamic_sampling_replaces_the_same_prompts_on_two_ranks(tmp_path: Path) -> None:
+    """Other problems of the same difficulty take the place of those that all or none of the samples solve."""
+    options = ("algorithm=dapo", "trainer.steps=1", "rollout.samples_per_prompt=2")
+    one, two = (train(tmp_path / str(ranks), *options, ranks=ranks)[1] for ranks in (1, 2))
+    assert one["rollout/rounds"] > 1
+    for key in ("rollout/rounds", "rollout/filled", "reward/mean", "response_length/mean", "actor/updates"):
+        assert one[key] == two[key], key
+    assert two["actor/loss"] == pytest.approx(one["actor/loss"], rel=1e-4)
+
+
 def test_a_run_without_a_critic_resumes_and_holds_to_its_reference(tmp_path: Path) -> None:
     options = ("algorithm=grpo", "algorithm.kl=0.05", "algorithm.entropy=0.001", "trainer.actor_lr=3e-4")
     whole = train(tmp_path / "whole", *options, "trainer.steps=3", "checkpoint.every=2")

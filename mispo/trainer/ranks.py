@@ -72,6 +72,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def concatenate(self, items: list[T]) -> list[T]:
+        """The items of all ranks, those of the first one first; the same list on each."""
+        if self.size == 1:
+            return items
+        boxes: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(boxes, items)
+        return [item for box in boxes for item in box]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
