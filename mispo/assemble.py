@@ -44,7 +44,7 @@ from rollouts.worker import RolloutWorker
 PROBES = 4
 """Prompts on which engine and trainer are compared after each weight sync."""
 
-REPLAY = "replay of {} steps: no engine, so no sampling, no weight sync, no evaluation"
+REPLAY = "replay of {} step{}: no engine, so no sampling, no weight sync, no evaluation"
 
 WARM_START_LINES = 10
 """Lines that the warm start prints."""
@@ -136,7 +136,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             )
             say(about, highlight=False, style="dim")
             if replay:
-                say(REPLAY.format(len(replay)), highlight=False, style="dim")
+                say(REPLAY.format(len(replay), "" if len(replay) == 1 else "s"), highlight=False, style="dim")
             say(objective(config), highlight=False, markup=False, style="dim")
         return Run(
             config=config,

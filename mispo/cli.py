@@ -112,6 +112,8 @@ def _replay_files(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """Files of --replay, and all overrides: argparse takes a key=value that follows a file for one more file."""
     given = options.replay or []
     files = [Path(item) for item in given if "=" not in item or Path(item).exists()]
+    if given and not files:
+        raise ValueError(f"--replay: {given[0]!r} is no file; give RUN/rollouts/step_N.parquet")
     if given and options.resume:
         raise ValueError(
             "--replay: goes not with --resume; name the checkpoint with model.path=RUN/checkpoints/N/actor"

@@ -40,7 +40,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--config-dir", "gone"], "error: --config-dir: no directory 'gone'"),
         (["--resum", "gone"], "mispo: error: unknown option --resum"),
         (["-m", "seed=0,1", "trainer.stepps=1"], "error: trainer.stepps: no such key"),
-        (["-m", "seed=0,1", "--dry-run"], "error: -m: goes with neither --resume nor --dry-run"),
+        (["-m", "seed=0,1", "--dry-run"], "error: -m: goes with none of --resume, --replay, --dry-run"),
+        (["--replay", "seed=1"], "error: --replay: 'seed=1' is no file; give RUN/rollouts/step_N.parquet"),
+        (["--replay", "gone.parquet"], "error: --replay: no such file 'gone.parquet'"),
+        (["--replay", "gone.parquet", "--resume", "gone"], "error: --replay: goes not with --resume"),
     ],
 )
 def test_bad_input_is_one_clear_line(
