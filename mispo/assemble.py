@@ -23,6 +23,7 @@ from mispo.method import build_method
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.tracking import Tracker
+from mispo.monitor.watchdog import Watchdog
 from mispo.replay import replayed
 from mispo.run import Run
 from mispo.trainer.checkpoint import load_progress, load_states
@@ -155,6 +156,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             sync=sync,
             method=method,
             alarms=alarms,
+            watchdog=Watchdog(config.alarms.stall_s, f"rank {ranks.rank}"),
             evaluator=Evaluator(
                 engine=engine,
                 pool=pool,

@@ -21,6 +21,7 @@ from mispo.algorithm.advantage import gae, group_advantages, monte_carlo, termin
 from mispo.algorithm.filter import Proposal, Selection
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
+from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
 from mispo.step_metrics import StepRecord, step_metrics
 from mispo.trainer.batch import Batch, pack
@@ -35,12 +36,14 @@ from rollouts.trajectory import Trajectory
 class Timer:
     """Seconds per phase of one step; a phase may come several times."""
 
+    watchdog: Watchdog
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self.watchdog.watch(phase):
+            yield
         key = f"timing_s/{phase}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
@@ -59,7 +62,7 @@ def train(run: Run) -> None:
 
 def train_step(run: Run, step: int) -> None:
     """One step: sample, grade, score, select, update the critic, update the actor, publish."""
-    timer, cursor = Timer(), run.data.stream.cursor
+    timer, cursor = Timer(run.watchdog), run.data.stream.cursor
     with timer("step"):
         trajectories, collected = run.collect(run, step, timer)
         stop_before(run, step, cursor)
@@ -220,7 +223,7 @@ def pretrain_critic(run: Run) -> None:
     for number in range(run.config.critic.pretrain_steps):
         # Steps before the first one, so that they share no seed with any.
         step = number - run.config.critic.pretrain_steps
-        batch = pack_step(run, run.collect(run, step, Timer())[0])
+        batch = pack_step(run, run.collect(run, step, Timer(run.watchdog))[0])
         values = score_values(run.critic, batch, run.config.trainer.tokens_per_microbatch)
         targets_N = monte_carlo(batch.rewards_B, batch.offsets_B1, run.config.algorithm.gamma)
         finished_N = (batch.included_B & ~batch.truncated_B)[owner_of(batch.offsets_B1)]

@@ -24,6 +24,7 @@ from mispo.monitor.console import StepPrinter, eval_line
 from mispo.monitor.files import replacing
 from mispo.monitor.records import save_rollouts, save_samples
 from mispo.monitor.tracking import Tracker
+from mispo.monitor.watchdog import Watchdog
 from mispo.step_metrics import StepRecord
 from mispo.trainer.batch import Batch
 from mispo.trainer.engine import TrainEngine, Update
@@ -64,6 +65,7 @@ class Run:
     sync: WeightSync | NoSync
     method: Method
     alarms: Alarms
+    watchdog: Watchdog
     evaluator: Evaluator
     tracker: Tracker | None
     printer: StepPrinter | None

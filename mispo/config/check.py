@@ -71,6 +71,7 @@ POSITIVE = (
     "rollout.temperature",
     "rollout.parity_tolerance",
     "alarms.max_mismatch",
+    "alarms.stall_s",
     "trainer.max_grad_norm",
 )
 

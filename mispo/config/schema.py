@@ -277,6 +277,8 @@ class AlarmConfig:
     """Share of accepted trajectories below which the filter starves the actor, in [0, 1]."""
     max_mismatch: float = 0.1
     """mismatch/k3, nats per token, above which rollout and trainer are different policies, > 0."""
+    stall_s: float = 1800.0
+    """Seconds that one phase of a step may take before the stacks of all threads are shown, > 0; it ends nothing."""
     max_failed_rewards: float = 0.5
     """Share of completions whose verifier failed (error, timeout, value outside of its range), in [0, 1]."""
 
