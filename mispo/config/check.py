@@ -12,6 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("sdpa", "eager"),
     "rollout.dtype": ("auto", "fp32", "bf16", "fp16"),
     "trainer.dtype": ("auto", "fp32", "bf16"),
+    "trainer.offload": ("none", "optimizer", "parameters"),
     "algorithm.filter.name": ("bounds", "quantile", "metropolis", "random", "token_only", "none"),
     "algorithm.filter.ratio": ("trajectory", "mean"),
     "algorithm.mask_policy": ("old", "current"),
@@ -148,6 +149,12 @@ def _problems(config: MispoConfig) -> Iterator[str]:
         yield f"algorithm.gamma: {config.algorithm.gamma} is not in (0, 1]"
     if config.trainer.zero_stage not in (0, 1, 2, 3):
         yield f"trainer.zero_stage: {config.trainer.zero_stage} is none of 0, 1, 2, 3"
+    least = {"optimizer": 1, "parameters": 3}.get(config.trainer.offload, 0)
+    if config.trainer.zero_stage < least:
+        yield (
+            f"trainer.offload: {config.trainer.offload} needs trainer.zero_stage of {least} or more, not "
+            f"{config.trainer.zero_stage}"
+        )
     for name in ("token_bounds", "trajectory_bounds"):
         yield from _bounds(f"algorithm.filter.{name}", getattr(config.algorithm.filter, name))
     yield from _bounds("algorithm.correction_bounds", config.algorithm.correction_bounds)

@@ -233,6 +233,10 @@ class TrainerConfig:
     """Gradient norm is clipped to this, per model, > 0. Ours."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage: 0, 1, 2 or 3."""
+    offload: str = "none"
+    """What lies in the host's memory: none; optimizer: its states (ZeRO 1 to 3); parameters: these too (ZeRO 3)."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file of your own, merged into the generated one; it cannot set what a field here decides."""
     dtype: str = "auto"
     """Compute precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16. Parameters and routers stay fp32."""
     all_must_learn: bool = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,6 +22,21 @@ from mispo.config.schema import TrainerConfig
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
 
 BETAS = (0.9, 0.95)
+
+DECIDED_BY = {
+    "train_batch_size": "rollout.prompts_per_step",
+    "train_micro_batch_size_per_gpu": "trainer.tokens_per_microbatch",
+    "gradient_accumulation_steps": "trainer.tokens_per_microbatch",
+    "gradient_clipping": "trainer.max_grad_norm",
+    "zero_optimization.stage": "trainer.zero_stage",
+    "zero_optimization.offload_optimizer": "trainer.offload",
+    "zero_optimization.offload_param": "trainer.offload",
+    "bf16": "trainer.dtype",
+    "fp16": "trainer.dtype",
+    "optimizer": "trainer.actor_lr and its neighbours",
+    "scheduler": "trainer.actor_warmup_updates",
+}
+"""Keys of DeepSpeed's JSON that a user's own file must not set, and the field of mispo that does."""
 
 
 @dataclass(frozen=True)
@@ -205,16 +222,49 @@ def build_engines(
 
 
 def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON. Accumulation is steered by `TrainEngine.update`, so it is 1 here."""
-    return {
+    """DeepSpeed's JSON, with the user's file (trainer.deepspeed) merged in.
+
+    Accumulation is steered by `TrainEngine.update`, so it is 1 here. ValueError for a file that does not read, or that
+    sets what a field of mispo decides.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    generated = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    return generated if config.deepspeed is None else _merged(generated, _user_json(config.deepspeed))
+
+
+def _user_json(path: str) -> dict[str, Any]:
+    try:
+        own = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trainer.deepspeed: {path!r} does not read as JSON ({error})") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"trainer.deepspeed: {path!r} is no JSON object")
+    keys = [*own, *(f"zero_optimization.{key}" for key in own.get("zero_optimization", {}))]
+    for key in keys:
+        if key in DECIDED_BY:
+            raise ValueError(f"trainer.deepspeed: {path!r} sets {key!r}; leave it out, {DECIDED_BY[key]} decides it")
+    return own
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` wins, object by object."""
+    both = {
+        key: _merged(base[key], value) if isinstance(base.get(key), dict) and isinstance(value, dict) else value
+        for key, value in own.items()
+    }
+    return base | both
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

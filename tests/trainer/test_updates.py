@@ -50,6 +50,17 @@ def test_ranks_and_zero_stage_do_not_change_the_update(
     assert_same(straight, run_script(tmp_path / "other.pt", stage, 1, ranks=ranks))
 
 
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "parameters")])
+def test_offloading_does_not_change_the_update(
+    straight: dict[str, Any], tmp_path: Path, stage: int, offload: str
+) -> None:
+    """With a DeepSpeed file of the user's own as well."""
+    own = tmp_path / "deepspeed.json"
+    own.write_text('{"zero_optimization": {"reduce_bucket_size": 1000000}, "wall_clock_breakdown": false}')
+    flags = ("--offload", offload, "--deepspeed", str(own))
+    assert_same(straight, run_script(tmp_path / "other.pt", stage, 1, *flags))
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_gradient_that_is_not_finite_is_skipped(straight: dict[str, Any], tmp_path: Path, stage: int) -> None:
     before = run_script(tmp_path / "before.pt", stage, 0)

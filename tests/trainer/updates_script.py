@@ -1,7 +1,7 @@
 """Run by test_updates.py in processes of its own: a few updates on a fixed batch, results written to a file.
 
 Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N] [--unused yes]
-[--rehearse yes] [--deaf yes]
+[--rehearse yes] [--deaf yes] [--offload optimizer|parameters] [--deepspeed FILE]
 """
 
 import sys
@@ -70,6 +70,8 @@ def main() -> None:
         critic_lr=1e-3,
         actor_warmup_updates=1,
         critic_warmup_updates=1,
+        offload=flags.get("--offload", "none"),
+        deepspeed=flags.get("--deepspeed"),
         max_skipped_updates=int(flags.get("--max-skipped", "100")),
     )
     accelerator, ranks = start_ranks(config)
