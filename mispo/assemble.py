@@ -29,7 +29,7 @@ from mispo.run import Run
 from mispo.trainer.checkpoint import load_progress, load_states
 from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
-from mispo.trainer.policy import ActorModule, CriticModule, Reference, compute_dtype
+from mispo.trainer.policy import ActorModule, CriticModule, Reference, checkpoint_layers, compute_dtype
 from mispo.trainer.ranks import Ranks, max_memory_gb
 from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.weights import NoSync, WeightSync
@@ -90,6 +90,9 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         # Now: under ZeRO-3 the trainer's weights will have no shape.
         about, experts = _summary(policy, config, ranks, dtype), _num_experts(policy)
         vocabulary = policy.config.get_text_config().vocab_size
+        if config.trainer.gradient_checkpointing:
+            for model in (policy, critic.backbone) if critic else (policy,):
+                checkpoint_layers(model, config.trainer.zero_stage)
         actor_engine, critic_engine = build_engines(
             accelerator,
             ranks,

@@ -16,6 +16,7 @@ from mispo.config.load import changed_keys
 from mispo.config.objective import objective
 from mispo.config.schema import MispoConfig
 from mispo.monitor.console import make_console
+from mispo.trainer.logprob import CHUNK_BYTES
 from mispo.trainer.policy import compute_dtype
 from model.presets import preset_config
 from model.step import StepForCausalLM
@@ -81,15 +82,17 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
     text = shape.get_text_config()
     tokens = config.trainer.tokens_per_microbatch
     trained = ["actor", "critic"] if config.algorithm.advantage == "gae" else ["actor"]
-    states = len(trained) * count * (weights + grads + adam)
+    hosted = {"none": 0.0, "optimizer": adam, "parameters": adam + weights}[config.trainer.offload]
+    states = len(trained) * count * (weights + grads + adam - hosted)
     reference = [("reference policy", f"{size(4 * count)} (algorithm.kl, a whole copy)")] if config.algorithm.kl else []
     return [
         ("parameters", f"{count / 1e6:.2f} M{', and about as many again for the critic' if len(trained) > 1 else ''}"),
         (" + ".join(trained), f"{size(states)} (fp32 weights, gradients, Adam)"),
+        *([("on the host", f"{size(len(trained) * count * hosted)} (trainer.offload)")] if hosted else []),
         *reference,
         ("rollout copy", f"{size(count * rollout_bytes)}"),
         ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
-        ("logits of a micro-batch", f"{size(tokens * text.vocab_size * 4 * 3)} (with softmax and gradient)"),
+        ("logits", f"{size(3 * min(tokens * text.vocab_size * 4, CHUNK_BYTES))} (of one chunk, softmax and gradient)"),
         ("old weights", f"{size((config.rollout.staleness + 1) * count * rollout_bytes)} (rollout.staleness)")
         if config.rollout.staleness
         else ("old weights", "none"),

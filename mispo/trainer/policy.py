@@ -49,6 +49,14 @@ class ActorModule(nn.Module):
         return self.logprobs(hidden[rows, columns], targets, temperature)
 
 
+def checkpoint_layers(model: PreTrainedModel, zero_stage: int) -> None:
+    """Keep only the layers' inputs for the backward pass. ValueError for a model that does not offer it."""
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"trainer.gradient_checkpointing: {type(model).__name__} does not offer it; set it to false")
+    # Re-entrant under ZeRO-3: else torch compares the shapes of weights that are partitioned in between, and fails.
+    model.gradient_checkpointing_enable({"use_reentrant": zero_stage == 3})
+
+
 class Reference:
     """A frozen policy that the actor is held near to: a whole copy on every rank, no optimizer, no gradients."""
 

@@ -50,6 +50,15 @@ def test_ranks_and_zero_stage_do_not_change_the_update(
     assert_same(straight, run_script(tmp_path / "other.pt", stage, 1, ranks=ranks))
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradient_checkpointing_does_not_change_the_update(
+    straight: dict[str, Any], tmp_path: Path, stage: int
+) -> None:
+    other = run_script(tmp_path / "other.pt", stage, 1, "--checkpointing", "yes")
+    assert_same(straight, other)
+    assert other["calls"] > straight["calls"]
+
+
 @pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "parameters")])
 def test_offloading_does_not_change_the_update(
     straight: dict[str, Any], tmp_path: Path, stage: int, offload: str

@@ -2,6 +2,7 @@
 
 Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N] [--unused yes]
 [--rehearse yes] [--deaf yes] [--offload optimizer|parameters] [--deepspeed FILE]
+[--checkpointing yes]
 """
 
 import sys
@@ -23,7 +24,7 @@ from mispo.trainer.checkpoint import (
 )
 from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import build_engines, start_ranks
-from mispo.trainer.policy import ActorModule, CriticModule
+from mispo.trainer.policy import ActorModule, CriticModule, checkpoint_layers
 from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.scoring import score_policy, score_values
 from mispo.trainer.update import update_actor, update_critic
@@ -87,6 +88,11 @@ def main() -> None:
     copy, _ = build_policy("micro", None, seed=0)
     if "--unused" in flags:
         policy.forgotten = torch.nn.Parameter(torch.ones(3))
+    calls = []
+    policy.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    if "--checkpointing" in flags:
+        checkpoint_layers(policy, int(stage))
+        checkpoint_layers(critic_model.backbone, int(stage))
     actor, critic = build_engines(
         accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config
     )
@@ -136,6 +142,7 @@ def main() -> None:
         "bootstrap": ranks.gather(values.bootstrap_B, batch.position_B, TRAJECTORIES),
         "actor": full_weights(actor, actor.module.policy),
         "critic": full_weights(critic, critic.module.critic),
+        "calls": len(calls),
         "stop": (actor.updates, critic.updates),
     }
     if "--save" in flags:
