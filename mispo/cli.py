@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> int:
 
         config = replay_config(config, files)
         check_config(config)
-    resume = options.resume is not None or _is_the_same_run(directory, config)
+    resume = options.resume is not None or _is_the_same_run(directory, config, replay=bool(files))
     if options.dry_run:
         from mispo.plan import print_plan
 
@@ -128,7 +128,7 @@ def run_directory(config: MispoConfig, recipe: str) -> Path:
     return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _is_the_same_run(directory: Path, config: MispoConfig) -> bool:
+def _is_the_same_run(directory: Path, config: MispoConfig, *, replay: bool) -> bool:
     """Whether this very command has begun a run there before, which then goes on: what a job queue does after a kill.
 
     ValueError if the run there is another one, or has no checkpoint to go on from.
@@ -136,7 +136,9 @@ def _is_the_same_run(directory: Path, config: MispoConfig) -> bool:
     if not (directory / "metrics.jsonl").exists():
         return False
     changed = changed_keys(config, config_from_file(directory / "config.yaml", []))
-    if changed:
+    if replay:
+        reason = "and a replay needs a directory of its own; give another run_dir"
+    elif changed:
         key = next(iter(changed))
         reason = f"with another {key}; give another run_dir, or `mispo train --resume {directory} {key}=…`"
     elif not any((directory / "checkpoints").glob("step_*/state.json")):

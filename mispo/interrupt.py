@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks the run to stop where a checkpoint is whole, a second one ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to stop where a checkpoint is whole; once more, and it ends at once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self._received: set[int] = set()
         self._breakable = False
+        self._talks = False
 
-    def arm(self) -> None:
-        """From now on signals ask; before, they raise KeyboardInterrupt."""
+    @property
+    def asked(self) -> bool:
+        return bool(self._received)
+
+    def arm(self, *, talks: bool) -> None:
+        """From now on signals ask; before, they raise KeyboardInterrupt. talks: whether this rank says so."""
+        self._talks = talks
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
@@ -44,10 +50,12 @@ class Interrupt:
             self._breakable = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        # Of the same kind: launchers send SIGTERM after the terminal's Ctrl-C.
+        if number in self._received:
             raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, NOTICE)
+        if self._talks and not self.asked:
+            os.write(2, NOTICE)
+        self._received.add(number)
         if self._breakable:
             raise _Broken
 

@@ -55,7 +55,7 @@ def train(run: Run) -> None:
         run.sync.publish()
         run.report_baseline()
         pretrain_critic(run)
-    run.interrupt.arm()
+    run.interrupt.arm(talks=run.ranks.first)
     for step in range(run.start_step + 1, run.config.trainer.steps + 1):
         train_step(run, step)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,11 +26,10 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(run: Path, *overrides: str, launcher: Sequence[str] = (sys.executable, "-P")) -> subprocess.Popen[str]:
     """A run in a process group of its own, as a terminal would start it."""
-    command = [sys.executable, "-P", "-m", "mispo.cli", "train", *MICRO, f"run_dir={run}", *overrides]
     return subprocess.Popen(
-        command,
+        [*launcher, "-m", "mispo.cli", "train", *MICRO, f"run_dir={run}", *overrides],
         start_new_session=True,
         preexec_fn=heed_interrupts,
         stdout=subprocess.DEVNULL,
@@ -110,6 +110,21 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on_as_if_nothing_had_be
     done = mispo("train", "--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(run, straight)
+
+
+def test_two_ranks_stop_together(tmp_path: Path) -> None:
+    """Under torchrun, which sends SIGTERM to its ranks after the terminal's Ctrl-C."""
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = start(run, "trainer.steps=500", "checkpoint.every=0", "trainer.zero_stage=2", launcher=launcher)
+    wait_for_rows(process, run, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=90)
+    assert said.count("stopping: the updates of this step are finished") == 1
+    last = [row["step"] for row in rows_of(run)][-1]
+    assert os.readlink(run / "checkpoints/latest") == f"step_{last}"
+    assert f"continue with: mispo train --resume {run}" in said
+    assert members_of(process.pid) == []
 
 
 @pytest.mark.parametrize("seed", [0, 1])

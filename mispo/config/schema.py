@@ -236,7 +236,7 @@ class TrainerConfig:
     offload: str = "none"
     """What lies in the host's memory: none; optimizer: its states (ZeRO 1 to 3); parameters: these too (ZeRO 3)."""
     gradient_checkpointing: bool = False
-    """Keep no activations of the layers, compute them anew in the backward pass: less memory, about a third slower."""
+    """Keep no activations of the layers, compute them anew in the backward pass: less memory, more time."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file of your own, merged into the generated one; it cannot set what a field here decides."""
     dtype: str = "auto"
