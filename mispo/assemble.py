@@ -233,12 +233,7 @@ def _critic(policy: PreTrainedModel, config: MispoConfig, checkpoint: Path | Non
         return None
     critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
     if checkpoint:
-        path = checkpoint / "critic.safetensors"
-        try:
-            critic.load_state_dict(load_file(path))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(f"--resume: {path} belongs to another model than the actor beside it: {reason}") from error
+        critic.load_state_dict(load_file(checkpoint / "critic.safetensors"))
     return critic
 
 

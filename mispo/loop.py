@@ -25,7 +25,6 @@ from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
 from mispo.step_metrics import StepRecord, step_metrics
 from mispo.trainer.batch import Batch, pack
-from mispo.trainer.checkpoint import Progress, save_checkpoint
 from mispo.trainer.engine import Update
 from mispo.trainer.scoring import PolicyScores, Values, score_logprobs, score_policy, score_values
 from mispo.trainer.update import update_actor, update_critic
@@ -65,11 +64,11 @@ def train_step(run: Run, step: int) -> None:
     timer, cursor = Timer(run.watchdog), run.data.stream.cursor
     with timer("step"):
         trajectories, collected = run.collect(run, step, timer)
-        stop_before(run, step, cursor)
+        run.stop_if_asked(step - 1, cursor)
         with timer("score"):
             batch = pack_step(run, trajectories)
             policy, values, reference_N = score(run, batch)
-        stop_before(run, step, cursor)
+        run.stop_if_asked(step - 1, cursor)
         advantages_N, targets_N, included_N = judge(run, batch, values)
         selection = select(run, batch, policy.logprobs_N, step)
         samples = Samples(
@@ -102,25 +101,10 @@ def train_step(run: Run, step: int) -> None:
     run.report_step(step, metrics)
     stop = run.check_alarms(metrics)
     if stop or run.due(run.config.checkpoint.every, step):
-        checkpoint(run, step)
+        run.checkpoint(step)
     if stop:
         raise RuntimeError(f"alarms.action=stop: {stop}")
-    stop_after(run, step)
-
-
-def stop_before(run: Run, step: int, cursor: int) -> None:
-    """As `stop_after` the step before: nothing has changed yet but the place in the prompts."""
-    if run.ranks.any(run.interrupt.asked):
-        run.data.stream.cursor = cursor
-        stop_after(run, step - 1)
-
-
-def stop_after(run: Run, step: int) -> None:
-    """KeyboardInterrupt on every rank, after a checkpoint, if a signal has come to any of them."""
-    if run.ranks.any(run.interrupt.asked):
-        if run.last_checkpoint is None or run.last_checkpoint.name != f"step_{step}":
-            checkpoint(run, step)
-        raise KeyboardInterrupt
+    run.stop_if_asked(step)
 
 
 def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
@@ -256,26 +240,3 @@ def reweigh(run: Run, batch: Batch, samples: Samples, step: int, members: list[i
     logprobs_N = score_logprobs(run.actor, part, range(len(part)), budget, temperature)
     selection = select(run, part, logprobs_N, step)
     return weigh(run, part, selection, samples.old_logprobs[at], samples.included[at])
-
-
-def checkpoint(run: Run, step: int) -> None:
-    """Everything that a resumed run needs."""
-    run.last_checkpoint = save_checkpoint(
-        run.directory / "checkpoints",
-        progress=Progress(
-            step=step,
-            cursor=run.data.stream.cursor,
-            actor_updates=run.actor.updates,
-            critic_updates=run.critic.updates if run.critic else 0,
-            wandb_id=run.wandb_id,
-            filter_state=run.method.filter.state(),
-            alarms_seen=run.alarms.seen,
-            score=run.score,
-        ),
-        actor=run.actor,
-        critic=run.critic,
-        tokenizer=run.tokenizer,
-        sync=run.sync,
-        keep_last=run.config.checkpoint.keep_last,
-        keep_best=run.config.checkpoint.keep_best,
-    )

@@ -27,6 +27,7 @@ from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
 from mispo.step_metrics import StepRecord
 from mispo.trainer.batch import Batch
+from mispo.trainer.checkpoint import Progress, save_checkpoint
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks, max_memory_gb
@@ -176,6 +177,41 @@ class Run:
         """Generated tokens of all ranks per second of the whole step, and the memory high-water mark."""
         tokens = self.ranks.count(int(batch.offsets_B1[-1]))
         return {"perf/tokens_per_s": tokens / seconds, "perf/max_memory_gb": max_memory_gb(self.ranks.device)}
+
+    def checkpoint(self, step: int) -> None:
+        """Everything that a resumed run needs."""
+        self.last_checkpoint = save_checkpoint(
+            self.directory / "checkpoints",
+            progress=Progress(
+                step=step,
+                cursor=self.data.stream.cursor,
+                actor_updates=self.actor.updates,
+                critic_updates=self.critic.updates if self.critic else 0,
+                wandb_id=self.wandb_id,
+                filter_state=self.method.filter.state(),
+                alarms_seen=self.alarms.seen,
+                score=self.score,
+            ),
+            actor=self.actor,
+            critic=self.critic,
+            tokenizer=self.tokenizer,
+            sync=self.sync,
+            keep_last=self.config.checkpoint.keep_last,
+            keep_best=self.config.checkpoint.keep_best,
+        )
+
+    def stop_if_asked(self, step: int, cursor: int | None = None) -> None:
+        """KeyboardInterrupt on every rank, after a checkpoint of `step`, if a signal has come to any of them.
+
+        cursor: the place in the prompts at the end of that step, where the next one has taken some since.
+        """
+        if not self.ranks.any(self.interrupt.asked):
+            return
+        if cursor is not None:
+            self.data.stream.cursor = cursor
+        if self.last_checkpoint is None or self.last_checkpoint.name != f"step_{step}":
+            self.checkpoint(step)
+        raise KeyboardInterrupt
 
     def close(self, exit_code: int) -> None:
         """End the children and the tracker."""
