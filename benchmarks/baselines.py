@@ -86,8 +86,8 @@ def explanation(recipe: str, seeds: Sequence[int]) -> str:
         "warm-started weights. Mean over the seeds, lowest – highest in brackets. Greedy, sampled: accuracy on the "
         "held-out problems after RL. Reward: mean training reward over all steps: more for a method that learns "
         "earlier. Accepted: share of trajectories that the filter kept; clipped: share of tokens whose gradient the "
-        "clip stopped; KL: of rollout and old policy, k3, nats per token; all three are means over the steps. Time: "
-        "median step, as a ratio to `mispo` at the same staleness.\n\n"
+        "clip stopped; KL: of rollout and old policy, k3, nats per token; all three are means over the "
+        "steps.\n\n"
         "Learning rates and all else are the recipe's, chosen with MIS-PO and tuned for no other method. A few "
         "seeds of a tiny model on one task do not rank methods; they show what each one does at the same settings."
     )
@@ -95,12 +95,11 @@ def explanation(recipe: str, seeds: Sequence[int]) -> str:
 
 def section(runs: Mapping[tuple[str, int, int], Rows], staleness: int, seeds: Sequence[int]) -> str:
     """The table at one staleness."""
-    mispo = [step_seconds(runs["mispo", staleness, seed]) for seed in seeds]
     before = [greedy(runs["mispo", staleness, seed][0]) for seed in seeds]
     title = f"rollouts {staleness} actor updates old" if staleness else "on policy"
-    header = ("method", "greedy", "sampled", "tokens", "reward", "accepted", "clipped", "KL", "time")
+    header = ("method", "greedy", "sampled", "tokens", "reward", "accepted", "clipped", "KL")
     lines = [
-        line(method, [runs[method, staleness, seed] for seed in seeds], statistics.mean(mispo))
+        line(method, [runs[method, staleness, seed] for seed in seeds])
         if (method, staleness, seeds[0]) in runs
         else [method, f"same run as {SAME_ON_POLICY[method]}", *[""] * (len(header) - 2)]
         for method in METHODS
@@ -114,7 +113,7 @@ def section(runs: Mapping[tuple[str, int, int], Rows], staleness: int, seeds: Se
     return f"## {title[0].upper()}{title[1:]}\n\n{note}\n\n{table(header, lines)}"
 
 
-def line(method: str, runs: Sequence[Rows], mispo_seconds: float) -> list[str]:
+def line(method: str, runs: Sequence[Rows]) -> list[str]:
     """A method's row."""
     last = [rows[-1] for rows in runs]
     return [
@@ -126,18 +125,12 @@ def line(method: str, runs: Sequence[Rows], mispo_seconds: float) -> list[str]:
         f"{mean_of(runs, 'mis/traj_accept'):.3f}",
         f"{mean_of(runs, 'actor/clip_frac'):.3f}",
         f"{mean_of(runs, 'mismatch/k3'):.1e}",
-        f"{statistics.mean(step_seconds(rows) for rows in runs) / mispo_seconds:.2f}",
     ]
 
 
 def greedy(row: Mapping[str, Any]) -> float:
     """Accuracy of the greedy answers."""
     return next(row[key] for key in row if key.startswith("eval/") and key.endswith("/greedy"))
-
-
-def step_seconds(rows: Rows) -> float:
-    """Median over the steps."""
-    return statistics.median(row["timing_s/step"] for row in rows[1:])
 
 
 def mean_of(runs: Sequence[Rows], metric: str) -> float:
