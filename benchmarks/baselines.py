@@ -5,7 +5,7 @@
 The warm start of a seed is trained once; all methods start from it, on the same problems, with the same learning
 rates and numbers of steps. No method was tuned: this compares them at the recipe's settings, which were chosen with
 MIS-PO. Trains what is missing under --runs, two processes of one thread each, and reads the table from the runs' own
-metrics.jsonl. About an hour and a half on two cores. Delete the runs of an older commit first.
+metrics.jsonl. About two hours on two cores. Delete the runs of an older commit first.
 """
 
 from __future__ import annotations

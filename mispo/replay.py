@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from mispo.collect import Phases
 from mispo.config.schema import MispoConfig
 from mispo.monitor.records import load_rollouts
 from mispo.run import Run
 from rollouts.trajectory import Trajectory
-
-Phases = Callable[[str], AbstractContextManager[None]]
 
 
 def replay_config(config: MispoConfig, files: Sequence[Path]) -> MispoConfig:
