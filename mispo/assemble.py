@@ -26,6 +26,7 @@ from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
 from mispo.replay import replayed
 from mispo.run import Run
+from mispo.trainer.batch import Layout
 from mispo.trainer.checkpoint import load_progress, load_states
 from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
@@ -83,12 +84,12 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         policy.to(ranks.device)
         if checkpoint is None and config.warm_start.steps:
             _warm_start(policy, tokenizer, data, config, ranks, say)
-        dtype = compute_dtype(config.trainer.dtype, ranks.device)
+        dtype, layout = compute_dtype(config.trainer.dtype, ranks.device), _layout(config, ranks.device)
         critic = _critic(policy, config, checkpoint)
         reference = _reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
         engine = None if replay else _rollout_engine(policy, tokenizer, config, ranks)
         # Now: under ZeRO-3 the trainer's weights will have no shape.
-        about, experts = _summary(policy, config, ranks, dtype), _num_experts(policy)
+        about, experts = _summary(policy, config, ranks, dtype, layout), _num_experts(policy)
         vocabulary = policy.config.get_text_config().vocab_size
         if config.trainer.gradient_checkpointing:
             for model in (policy, critic.backbone) if critic else (policy,):
@@ -108,6 +109,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 engine,
                 WeightHistory(config.rollout.staleness),
                 probe=_probe(data, config),
+                packed=layout.packed,
                 tolerance=config.rollout.parity_tolerance,
                 temperature=config.rollout.temperature,
             )
@@ -119,7 +121,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 temperature=config.rollout.temperature,
                 seed=config.seed,
             )
-        _rehearse(actor_engine, critic_engine, config, vocabulary, say)
+        _rehearse(actor_engine, critic_engine, config, layout, vocabulary, say)
         if progress and checkpoint:
             assert isinstance(sync, WeightSync), "a replay is not resumed"
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
@@ -151,6 +153,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             data=data,
             actor=actor_engine,
             critic=critic_engine,
+            layout=layout,
             reference=reference,
             num_experts=experts,
             pool=pool,
@@ -273,12 +276,25 @@ def _reference(
     return Reference(ActorModule(model.to(ranks.device), dtype), ranks)
 
 
+def _layout(config: MispoConfig, device: torch.device) -> Layout:
+    """How micro-batches are laid out. ValueError for an attention that this device does not have."""
+    attention = config.model.attention
+    by_blocks = attention not in ("sdpa", "eager")
+    if by_blocks and device.type != "cuda":
+        raise ValueError(f"model.attention: {attention} needs a CUDA device, this is {device.type}; use sdpa")
+    packed = by_blocks if config.trainer.layout == "auto" else config.trainer.layout == "packed"
+    return Layout(config.trainer.tokens_per_microbatch, packed)
+
+
 def _rollout_engine(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, ranks: Ranks
 ) -> NativeEngine:
     """An engine with a copy of the policy of its own, in the rollout precision."""
+    shape = copy.deepcopy(policy.config)
+    if shape._attn_implementation != "eager":
+        shape._attn_implementation = "sdpa"  # takes the masks of the slot cache
     with torch.device(ranks.device):
-        model = type(policy)(policy.config)
+        model = type(policy)(shape)
     model.load_state_dict(policy.state_dict())
     model.to(device=ranks.device, dtype=compute_dtype(config.rollout.dtype, ranks.device))
     keep_router_fp32(model)
@@ -288,17 +304,19 @@ def _rollout_engine(
 
 
 def _rehearse(
-    actor: TrainEngine, critic: TrainEngine | None, config: MispoConfig, vocabulary: int, say: Callable[..., None]
+    actor: TrainEngine,
+    critic: TrainEngine | None,
+    config: MispoConfig,
+    layout: Layout,
+    vocabulary: int,
+    say: Callable[..., None],
 ) -> None:
     """The largest micro-batch there can be, before anything long has begun."""
-    longest, budget = (
-        config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        config.trainer.tokens_per_microbatch,
-    )
-    seconds = sum(rehearse(engine, longest, budget, vocabulary) for engine in (actor, critic) if engine)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    seconds = sum(rehearse(engine, longest, layout, vocabulary) for engine in (actor, critic) if engine)
     say(
-        f"worst case fits: {max(1, budget // longest)} × {longest} tokens forward and backward, {seconds:.1f} s, "
-        f"peak memory {max_memory_gb(actor.ranks.device):.2f} GB",
+        f"worst case fits: {max(1, layout.tokens // longest)} × {longest} tokens forward and backward, "
+        f"{seconds:.1f} s, peak memory {max_memory_gb(actor.ranks.device):.2f} GB",
         highlight=False,
         style="dim",
     )
@@ -317,13 +335,14 @@ def _num_experts(policy: nn.Module) -> int:
     return routers[0].module.weight.shape[0] if routers else 0
 
 
-def _summary(policy: nn.Module, config: MispoConfig, ranks: Ranks, dtype: torch.dtype) -> str:
+def _summary(policy: nn.Module, config: MispoConfig, ranks: Ranks, dtype: torch.dtype, layout: Layout) -> str:
     count = sum(parameter.numel() for parameter in policy.parameters())
     experts = sorted({type(m).__name__ for name, m in policy.named_modules() if name.endswith(".experts")})
     return (
         f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {len(find_routers(policy))} MoE layers"
         f"{' (' + ', '.join(experts) + ')' if experts else ''}, {ranks.size} × {ranks.device.type}, "
         f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
+        f"{', packed' if layout.packed else ''}"
     )
 
 

@@ -121,12 +121,12 @@ def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
 
 def score(run: Run, batch: Batch) -> tuple[PolicyScores, Values | None, Tensor | None]:
     """π_old, V where there is a critic, log π_ref where there is a reference; all before any update of this step."""
-    budget, temperature = run.config.trainer.tokens_per_microbatch, run.config.rollout.temperature
-    policy = score_policy(run.actor, batch, budget, temperature)
-    values = score_values(run.critic, batch, budget) if run.critic else None
+    temperature = run.config.rollout.temperature
+    policy = score_policy(run.actor, batch, run.layout, temperature)
+    values = score_values(run.critic, batch, run.layout) if run.critic else None
     reference_N = None
     if run.reference:
-        reference_N = score_logprobs(run.reference, batch, range(len(batch)), budget, temperature)
+        reference_N = score_logprobs(run.reference, batch, range(len(batch)), run.layout, temperature)
     return policy, values, reference_N
 
 
@@ -196,7 +196,7 @@ def update_values(
         targets_N,
         included_N,
         parts=run.config.trainer.critic_minibatches,
-        token_budget=run.config.trainer.tokens_per_microbatch,
+        layout=run.layout,
         seed=run.step_seed("critic", step),
         value_clip=run.config.critic.value_clip,
     )
@@ -208,7 +208,7 @@ def pretrain_critic(run: Run) -> None:
         # Steps before the first one, so that they share no seed with any.
         step = number - run.config.critic.pretrain_steps
         batch = pack_step(run, run.collect(run, step, Timer(run.watchdog))[0])
-        values = score_values(run.critic, batch, run.config.trainer.tokens_per_microbatch)
+        values = score_values(run.critic, batch, run.layout)
         targets_N = monte_carlo(batch.rewards_B, batch.offsets_B1, run.config.algorithm.gamma)
         finished_N = (batch.included_B & ~batch.truncated_B)[owner_of(batch.offsets_B1)]
         updates = update_values(run, batch, values, targets_N, finished_N, step)
@@ -225,7 +225,7 @@ def update_policy(run: Run, batch: Batch, samples: Samples, step: int) -> list[U
         samples,
         run.method.objective,
         parts=run.config.trainer.actor_minibatches,
-        token_budget=run.config.trainer.tokens_per_microbatch,
+        layout=run.layout,
         seed=run.step_seed("actor", step),
         temperature=run.config.rollout.temperature,
         after_update=run.sync.record,
@@ -236,7 +236,6 @@ def update_policy(run: Run, batch: Batch, samples: Samples, step: int) -> list[U
 def reweigh(run: Run, batch: Batch, samples: Samples, step: int, members: list[int]) -> Tensor:
     """Weights of these trajectories' tokens with the filter looking at the current π_θ (mask_policy: current)."""
     part, at = batch.part(members), batch.tokens_of(members)
-    budget, temperature = run.config.trainer.tokens_per_microbatch, run.config.rollout.temperature
-    logprobs_N = score_logprobs(run.actor, part, range(len(part)), budget, temperature)
+    logprobs_N = score_logprobs(run.actor, part, range(len(part)), run.layout, run.config.rollout.temperature)
     selection = select(run, part, logprobs_N, step)
     return weigh(run, part, selection, samples.old_logprobs[at], samples.included[at])

@@ -26,7 +26,7 @@ from mispo.monitor.records import save_rollouts, save_samples
 from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
 from mispo.step_metrics import StepRecord
-from mispo.trainer.batch import Batch
+from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.checkpoint import Progress, save_checkpoint
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import Reference
@@ -58,6 +58,7 @@ class Run:
     data: Data
     actor: TrainEngine
     critic: TrainEngine | None
+    layout: Layout
     reference: Reference | None
     num_experts: int
     pool: RewardPool

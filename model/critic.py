@@ -31,11 +31,13 @@ class Critic(nn.Module):
         """A critic whose backbone is an independent copy of the policy's decoder."""
         return cls(copy.deepcopy(policy.get_decoder()), head_init_std, seed)
 
-    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """input_ids [B, S], padded on the right; values at (rows [n], columns [n]) → [n] float32.
+    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor, positions: Tensor | None = None) -> Tensor:
+        """input_ids [B, S], padded on the right or packed; values at (rows [n], columns [n]) → [n] float32.
 
-        No attention mask: under causal attention nothing real ever sees the padding on its right.
+        positions [1, S]: of packed sequences, each from 0. No attention mask: under causal attention nothing real ever
+        sees the padding on its right.
         """
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+        output = self.backbone(input_ids=input_ids, position_ids=positions, use_cache=False)
+        hidden = output.last_hidden_state[rows, columns]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)

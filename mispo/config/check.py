@@ -9,9 +9,10 @@ from difflib import get_close_matches
 from mispo.config.schema import MispoConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.attention": ("sdpa", "eager"),
+    "model.attention": ("sdpa", "eager", "flex_attention", "flash_attention_2"),
     "rollout.dtype": ("auto", "fp32", "bf16", "fp16"),
     "trainer.dtype": ("auto", "fp32", "bf16"),
+    "trainer.layout": ("auto", "padded", "packed"),
     "trainer.offload": ("none", "optimizer", "parameters"),
     "algorithm.filter.name": ("bounds", "quantile", "metropolis", "random", "token_only", "none"),
     "algorithm.filter.ratio": ("trajectory", "mean"),

@@ -21,7 +21,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run the modeling code that a checkpoint carries (checkpoints written by mispo need no such code here)."""
     attention: str = "sdpa"
-    """transformers' `attn_implementation` for the trainer: sdpa or eager."""
+    """transformers' `attn_implementation` for the trainer: sdpa, eager; on CUDA also flex_attention and
+    flash_attention_2, which need no padding. Rollouts use sdpa."""
 
 
 @dataclass
@@ -219,6 +220,10 @@ class TrainerConfig:
     """Critic optimizer updates per step (report: 12)."""
     tokens_per_microbatch: int = 65536
     """Tokens, padding included, in one forward; bounds memory, never changes the result."""
+    layout: str = "auto"
+    """padded: a row for each trajectory, sorted by length; packed: one after the other in one row, without padding,
+    which pays with flex_attention or flash_attention_2 (with sdpa the time of attention grows with the square of
+    the micro-batch); auto: packed with these two. Never changes the result. Ours."""
     actor_lr: float = 2.0e-6
     """Actor learning rate (report: 2e-6)."""
     actor_warmup_updates: int = 20

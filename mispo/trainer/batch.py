@@ -111,40 +111,70 @@ def minibatches(batch: Batch, parts: int, seed: int) -> list[list[int]]:
     return [[mine[p] for p in order[start:stop].tolist() if p in mine] for start, stop in pairwise(cuts)]
 
 
-def microbatches(batch: Batch, members: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut trajectories into parts of at most `token_budget` padded tokens (or one trajectory), longest first."""
-    parts: list[list[int]] = []
-    width = 0
-    for b in sorted(members, key=lambda b: -len(batch.ids[b])):
-        if parts and width * (len(parts[-1]) + 1) <= token_budget:
-            parts[-1].append(b)
-        else:
-            parts.append([b])
-            width = len(batch.ids[b])
-    return parts
+@dataclass(frozen=True)
+class Layout:
+    """How trajectories lie in a forward; changes speed and memory, never the result.
+
+    tokens: at most so many in a micro-batch, padding included, but at least one trajectory. packed: one row in which
+    trajectory follows trajectory, with nothing between them; else one row for each, padded on the right.
+    """
+
+    tokens: int
+    packed: bool = False
+
+    def microbatches(self, batch: Batch, members: Sequence[int]) -> list[list[int]]:
+        """Cut trajectories into parts, longest first, so that the first part needs the most memory."""
+        parts: list[list[int]] = []
+        room: list[int] = []
+        for b in sorted(members, key=lambda b: -len(batch.ids[b])):
+            length = len(batch.ids[b])
+            # Padded: only the last part may grow, since those before are wider. Packed: first fit.
+            candidates = range(len(parts)) if self.packed else range(max(0, len(parts) - 1), len(parts))
+            place = next((i for i in candidates if room[i] >= (length if self.packed else 1)), None)
+            if place is None:
+                parts.append([b])
+                room.append(self.tokens - length if self.packed else self.tokens // length - 1)
+            else:
+                parts[place].append(b)
+                room[place] -= length if self.packed else 1
+        return parts
+
+    def input(self, batch: Batch, members: Sequence[int], device: torch.device, *, last: bool = False) -> ModelInput:
+        """A micro-batch for the model; padding exists only here.
+
+        last: read at each trajectory's last token (the state s_T) and not at its scored tokens. An empty micro-batch
+        becomes one pad token of which nothing is read: other ranks wait for its forward.
+        """
+        ids = [batch.ids[b] for b in members] or [torch.zeros(1, dtype=torch.int64)]
+        columns = [torch.tensor([len(batch.ids[b]) - 1]) if last else batch.columns[b] for b in members]
+        rows = torch.repeat_interleave(
+            torch.arange(len(columns)), torch.tensor([len(c) for c in columns], dtype=torch.int64)
+        )
+        at = torch.cat(columns) if columns else torch.empty(0, dtype=torch.int64)
+        lengths = torch.tensor([len(i) for i in ids])
+        # After the last token there is nothing to predict: the target of s_T is never used.
+        following = (at + 1).minimum(lengths[rows] - 1)
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        targets = padded[rows, following]
+        if not self.packed:
+            # Nothing real ever sees what is on its right: causal attention needs no mask for the padding.
+            return ModelInput(*(t.to(device) for t in (padded, rows, at, targets)), positions=None)
+        starts = offsets_of(lengths)[:-1]
+        positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
+        flat = (torch.cat(ids)[None], torch.zeros_like(rows), starts[rows] + at, targets)
+        return ModelInput(*(t.to(device) for t in flat), positions=positions.to(device))
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A padded micro-batch: ids [b, S], and where to read: rows [n], columns [n], in flat token order."""
+    """ids [b, S]; where to read, in flat token order: rows [n], columns [n], and the tokens that follow: targets [n].
+
+    positions [1, S]: of packed trajectories, 0 where one begins; by them transformers keeps them apart in attention,
+    windows included. None: each row is one trajectory.
+    """
 
     ids: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
-
-
-def model_input(batch: Batch, members: Sequence[int], device: torch.device, *, last: bool = False) -> ModelInput:
-    """Padding exists only here. Padded on the right: causal attention never looks there.
-
-    last: read at each trajectory's last token (the state s_T) and not at its scored tokens. An empty micro-batch
-    becomes one pad token of which nothing is read: other ranks wait for its forward.
-    """
-    chosen = [batch.ids[b] for b in members] or [torch.zeros(1, dtype=torch.int64)]
-    ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-    at = [torch.tensor([len(batch.ids[b]) - 1]) if last else batch.columns[b] for b in members]
-    rows = torch.repeat_interleave(torch.arange(len(at)), torch.tensor([len(c) for c in at], dtype=torch.int64))
-    columns = torch.cat(at) if at else torch.empty(0, dtype=torch.int64)
-    # After the last token there is nothing to predict: the target of s_T is never used.
-    targets = ids[rows, (columns + 1).clamp_max(ids.shape[1] - 1)]
-    return ModelInput(*(t.to(device) for t in (ids, rows, columns, targets)))
+    positions: Tensor | None

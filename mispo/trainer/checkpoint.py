@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.weights import NoSync, WeightSync, full_weights
@@ -168,7 +169,8 @@ def _zero_loss(engine: TrainEngine) -> Tensor:
     """0, with a gradient of 0 for every parameter."""
     ids = torch.zeros((1, 1), dtype=torch.int64, device=engine.ranks.device)
     none = torch.empty(0, dtype=torch.int64, device=engine.ranks.device)
-    output = engine.forward(ids, none, none, none, 1.0) if engine.name == "actor" else engine.forward(ids, none, none)
+    x = ModelInput(ids, none, none, none, positions=None)
+    output = engine.forward(x, 1.0) if engine.name == "actor" else engine.forward(x)
     return (output[0] if isinstance(output, tuple) else output).sum() * 0
 
 

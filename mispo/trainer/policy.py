@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mispo.trainer.batch import ModelInput
 from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic
@@ -40,13 +41,12 @@ class ActorModule(nn.Module):
         self.dtype = dtype
         self.logprobs = LogprobHead(policy.get_output_embeddings(), dtype, entropy_gradient=entropy_gradient)
 
-    def forward(
-        self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """ids [b, S]; log π(target) under softmax(logits/temperature) and entropy at (row, column); both [n] fp32."""
-        with autocast(ids.device, self.dtype):
-            hidden = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return self.logprobs(hidden[rows, columns], targets, temperature)
+    def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor]:
+        """log π(target) under softmax(logits/temperature) and entropy at (row, column); both [n] fp32."""
+        with autocast(x.ids.device, self.dtype):
+            decoder = self.policy.get_decoder()
+            hidden = decoder(input_ids=x.ids, position_ids=x.positions, use_cache=False).last_hidden_state
+        return self.logprobs(hidden[x.rows, x.columns], x.targets, temperature)
 
 
 def checkpoint_layers(model: PreTrainedModel, zero_stage: int) -> None:
@@ -81,7 +81,7 @@ class CriticModule(nn.Module):
         self.critic = critic
         self.dtype = dtype
 
-    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """ids [b, S]; V at (row, column), [n] fp32. Sampling temperature has no business here."""
-        with autocast(ids.device, self.dtype):
-            return self.critic(ids, rows, columns)
+    def forward(self, x: ModelInput) -> Tensor:
+        """V at (row, column), [n] fp32. Sampling temperature has no business here."""
+        with autocast(x.ids.device, self.dtype):
+            return self.critic(x.ids, x.rows, x.columns, x.positions)

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from mispo.algorithm.segments import offsets_of
-from mispo.trainer.batch import Batch, model_input
+from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine
 
 
-def rehearse(engine: TrainEngine, longest: int, token_budget: int, vocabulary: int) -> float:
+def rehearse(engine: TrainEngine, longest: int, layout: Layout, vocabulary: int) -> float:
     """Forward and backward over as many trajectories of `longest` tokens as a micro-batch holds, all of them scored.
 
     Nothing is learnt from it: the loss is multiplied by 0, and the optimizer's states are as before. Returns seconds.
     RuntimeError that names the setting if the memory does not suffice.
     """
-    count = max(1, token_budget // longest)
+    count = max(1, layout.tokens // longest)
     start = time.perf_counter()
     try:
-        engine.create_states(0 * _loss(engine, worst_batch(count, longest, vocabulary)))
+        engine.create_states(0 * _loss(engine, worst_batch(count, longest, vocabulary), layout))
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
             raise
@@ -50,10 +50,10 @@ def worst_batch(count: int, longest: int, vocabulary: int) -> Batch:
     )
 
 
-def _loss(engine: TrainEngine, batch: Batch) -> Tensor:
+def _loss(engine: TrainEngine, batch: Batch, layout: Layout) -> Tensor:
     engine.engine.train()
-    x = model_input(batch, range(len(batch)), engine.ranks.device)
+    x = layout.input(batch, range(len(batch)), engine.ranks.device)
     if engine.name == "actor":
-        logprobs, entropy = engine.forward(x.ids, x.rows, x.columns, x.targets, 1.0)
+        logprobs, entropy = engine.forward(x, 1.0)
         return logprobs.sum() + entropy.sum()
-    return engine.forward(x.ids, x.rows, x.columns).sum()
+    return engine.forward(x).sum()

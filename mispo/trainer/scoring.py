@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mispo.trainer.batch import Batch, microbatches, model_input
+from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
@@ -37,16 +37,16 @@ class Values:
 
 
 @torch.no_grad()
-def score_policy(actor: TrainEngine, batch: Batch, token_budget: int, temperature: float) -> PolicyScores:
+def score_policy(actor: TrainEngine, batch: Batch, layout: Layout, temperature: float) -> PolicyScores:
     """One forward over the batch; dropout off."""
     actor.eval()
     tokens = int(batch.offsets_B1[-1])
     logprobs_N, entropy_N = torch.zeros(tokens), torch.zeros(tokens)
     confidence, experts, places = [], [], []
     with RoutingRecorder(actor.module) as recorder:
-        for members in equal_count(actor.ranks, microbatches(batch, range(len(batch)), token_budget)):
-            x = model_input(batch, members, actor.ranks.device)
-            logprobs, entropy = actor.forward(x.ids, x.rows, x.columns, x.targets, temperature)
+        for members in equal_count(actor.ranks, layout.microbatches(batch, range(len(batch)))):
+            x = layout.input(batch, members, actor.ranks.device)
+            logprobs, entropy = actor.forward(x, temperature)
             at = batch.tokens_of(members)
             logprobs_N[at], entropy_N[at] = logprobs.cpu(), entropy.cpu()
             routing = recorder.take()
@@ -62,14 +62,15 @@ def score_policy(actor: TrainEngine, batch: Batch, token_budget: int, temperatur
 
 
 @torch.no_grad()
-def score_values(critic: TrainEngine, batch: Batch, token_budget: int) -> Values:
+def score_values(critic: TrainEngine, batch: Batch, layout: Layout) -> Values:
     """One forward over the batch gives V at every scored token and after the last one; dropout off."""
     critic.eval()
     values_N, bootstrap_B = torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch))
-    for members in equal_count(critic.ranks, microbatches(batch, range(len(batch)), token_budget)):
-        x = model_input(batch, members, critic.ranks.device)
-        end = model_input(batch, members, critic.ranks.device, last=True)
-        values = critic.forward(x.ids, torch.cat([x.rows, end.rows]), torch.cat([x.columns, end.columns])).cpu()
+    for members in equal_count(critic.ranks, layout.microbatches(batch, range(len(batch)))):
+        x = layout.input(batch, members, critic.ranks.device)
+        end = layout.input(batch, members, critic.ranks.device, last=True)
+        both = replace(x, rows=torch.cat([x.rows, end.rows]), columns=torch.cat([x.columns, end.columns]))
+        values = critic.forward(both).cpu()
         tokens = len(x.rows)
         values_N[batch.tokens_of(members)] = values[:tokens]
         bootstrap_B[list(members)] = values[tokens:]
@@ -81,15 +82,14 @@ def score_logprobs(
     policy: TrainEngine | Reference,
     batch: Batch,
     members: Sequence[int],
-    token_budget: int,
+    layout: Layout,
     temperature: float,
 ) -> Tensor:
     """Log-probs [N] of these trajectories' tokens under a policy, 0 elsewhere; fp32, CPU."""
     policy.eval()
     logprobs_N = torch.zeros(int(batch.offsets_B1[-1]))
-    for part in equal_count(policy.ranks, microbatches(batch, members, token_budget)):
-        x = model_input(batch, part, policy.ranks.device)
-        logprobs, _ = policy.forward(x.ids, x.rows, x.columns, x.targets, temperature)
+    for part in equal_count(policy.ranks, layout.microbatches(batch, members)):
+        logprobs, _ = policy.forward(layout.input(batch, part, policy.ranks.device), temperature)
         logprobs_N[batch.tokens_of(part)] = logprobs.cpu()
     return logprobs_N
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mispo.algorithm.loss import critic_loss
 from mispo.algorithm.objective import Objective, Samples, Scale
 from mispo.algorithm.segments import segment_sum
-from mispo.trainer.batch import Batch, microbatches, minibatches, model_input
+from mispo.trainer.batch import Batch, Layout, minibatches
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.scoring import equal_count
 
@@ -24,7 +24,7 @@ def update_critic(
     included_N: Tensor,
     *,
     parts: int,
-    token_budget: int,
+    layout: Layout,
     seed: int,
     value_clip: float | None,
 ) -> list[Update]:
@@ -39,9 +39,8 @@ def update_critic(
             continue
 
         def loss(part: list[int], denominator: float = float(count)) -> Tensor:
-            x = model_input(batch, part, critic.ranks.device)
             at = batch.tokens_of(part)
-            values = critic.forward(x.ids, x.rows, x.columns)
+            values = critic.forward(layout.input(batch, part, critic.ranks.device))
             return critic_loss(
                 values,
                 values_N[at].to(values),
@@ -51,7 +50,7 @@ def update_critic(
                 value_clip,
             )
 
-        updates.append(_run(critic, batch, members, token_budget, loss))
+        updates.append(_run(critic, batch, members, layout, loss))
     return updates
 
 
@@ -62,7 +61,7 @@ def update_actor(
     objective: Objective,
     *,
     parts: int,
-    token_budget: int,
+    layout: Layout,
     seed: int,
     temperature: float,
     after_update: Callable[[], None],
@@ -86,8 +85,7 @@ def update_actor(
         sums: dict[str, Tensor] = {}
 
         def loss(part: list[int], samples: Samples = samples, scale: Scale = scale, sums: Any = sums) -> Tensor:
-            x = model_input(batch, part, actor.ranks.device)
-            logprobs, entropy = actor.forward(x.ids, x.rows, x.columns, x.targets, temperature)
+            logprobs, entropy = actor.forward(layout.input(batch, part, actor.ranks.device), temperature)
             mine = samples.at(batch.tokens_of(part), logprobs.device)
             share, found = objective(logprobs, entropy, mine, batch.offsets_of(part).to(logprobs.device), scale)
             for name, value in found.items():
@@ -96,7 +94,7 @@ def update_actor(
 
         kept_B = segment_sum(samples.weights > 0, batch.offsets_B1)
         needed = [b for b in members if objective.everywhere or kept_B[b] > 0]
-        update = _run(actor, batch, needed, token_budget, loss)
+        update = _run(actor, batch, needed, layout, loss)
         update = replace(update, stats={name: actor.ranks.sum(sums[name]).item() for name in sorted(sums)})
         updates.append(update)
         if update.applied:
@@ -108,8 +106,8 @@ def _run(
     engine: TrainEngine,
     batch: Batch,
     members: list[int],
-    token_budget: int,
+    layout: Layout,
     loss: Callable[[list[int]], Tensor],
 ) -> Update:
-    shared = equal_count(engine.ranks, microbatches(batch, members, token_budget))
+    shared = equal_count(engine.ranks, layout.microbatches(batch, members))
     return engine.update([lambda part=part: loss(part) for part in shared])

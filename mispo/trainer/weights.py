@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from mispo.trainer.batch import Batch
+from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.scoring import score_policy
 from rollouts.engine import Engine
@@ -32,7 +32,7 @@ class WeightSync:
     A sync that silently does nothing is the field's worst bug: after each one the engine's log-probs of a few
     fixed prompts are compared with the trainer's under the same weights.
     staleness: actor updates that the engine is kept behind. tolerance: nats, see rollout.parity_tolerance.
-    probe: some token sequences [S], S ≥ 2, the same on all ranks.
+    probe: some token sequences [S], S ≥ 2, the same on all ranks. packed: whether the trainer packs them (`Layout`).
     """
 
     def __init__(
@@ -42,12 +42,14 @@ class WeightSync:
         history: WeightHistory,
         *,
         probe: Sequence[Tensor],
+        packed: bool,
         tolerance: float,
         temperature: float,
     ) -> None:
         self.actor = actor
         self.engine = engine
         self.history = history
+        self.packed = packed
         self.tolerance = tolerance
         self.temperature = temperature
         self._pairs = [(ids[:1], ids[1:]) for ids in probe]
@@ -96,7 +98,7 @@ class WeightSync:
         return full_weights(self.actor, self.actor.module.policy)
 
     def _expect(self) -> None:
-        self._expected[self.actor.updates] = score_texts(self.actor, self._pairs, self.temperature)
+        self._expected[self.actor.updates] = score_texts(self.actor, self._pairs, self.packed, self.temperature)
 
 
 class NoSync:
@@ -114,7 +116,9 @@ class NoSync:
         return {}, {}
 
 
-def score_texts(actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
+def score_texts(
+    actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], packed: bool, temperature: float
+) -> list[Tensor]:
     """The trainer's log-probs [T] of each completion [T] after its prompt [P]; the same on all ranks."""
     lengths = [len(completion) for _, completion in pairs]
     batch = Batch(
@@ -129,5 +133,5 @@ def score_texts(actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], temp
         position_B=torch.arange(len(pairs)),
         total=len(pairs),
     )
-    budget = max(len(ids) for ids in batch.ids) * len(pairs)
-    return list(score_policy(actor, batch, budget, temperature).logprobs_N.split(lengths))
+    layout = Layout(max(len(ids) for ids in batch.ids) * len(pairs), packed)
+    return list(score_policy(actor, batch, layout, temperature).logprobs_N.split(lengths))

@@ -1,4 +1,4 @@
-"""Loss and gradients of actor and critic depend neither on the micro-batches, nor on the order, nor on the padding."""
+"""Loss and gradients of actor and critic depend neither on micro-batches, nor on order, nor on padding or packing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mispo.algorithm.loss import PolicyLoss, gspo_loss, mispo_loss, ppo_loss
 from mispo.algorithm.objective import Objective, Samples
 from mispo.algorithm.segments import lengths_of, offsets_of
-from mispo.trainer.batch import Batch
+from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.ranks import Ranks
@@ -23,6 +23,8 @@ from model.build import build_policy
 from model.critic import Critic
 
 COUNT, LONGEST = 6, 24
+
+LAYOUTS = st.builds(Layout, st.integers(LONGEST, COUNT * LONGEST), st.booleans())
 
 
 class Plain:
@@ -97,8 +99,10 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("norm", ["tokens", "accepted", "sequence", "constant"])
 @settings(max_examples=4)
-@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), budget=st.integers(LONGEST, COUNT * LONGEST))
-def test_the_actors_gradient(engines: tuple[Plain, Plain], norm: str, seed: int, order: list[int], budget: int) -> None:
+@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), layout=LAYOUTS)
+def test_the_actors_gradient(
+    engines: tuple[Plain, Plain], norm: str, seed: int, order: list[int], layout: Layout
+) -> None:
     batch, samples = batch_of(seed)
     losses: list[PolicyLoss] = [
         mispo_loss,
@@ -107,7 +111,7 @@ def test_the_actors_gradient(engines: tuple[Plain, Plain], norm: str, seed: int,
     ]
     objective = Objective(losses[seed % 3], norm, LONGEST, 0.0, 0.0)
     found = []
-    for some, chosen, tokens in ((batch, samples, 10**6), (*reordered(batch, samples, order), budget)):
+    for some, chosen, cut in ((batch, samples, Layout(10**6)), (*reordered(batch, samples, order), layout)):
         engine = engines[0]
         (update,) = update_actor(
             cast(TrainEngine, engine),
@@ -115,7 +119,7 @@ def test_the_actors_gradient(engines: tuple[Plain, Plain], norm: str, seed: int,
             chosen,
             objective,
             parts=1,
-            token_budget=tokens,
+            layout=cut,
             seed=0,
             temperature=0.8,
             after_update=lambda: None,
@@ -127,16 +131,14 @@ def test_the_actors_gradient(engines: tuple[Plain, Plain], norm: str, seed: int,
 
 
 @settings(max_examples=6)
-@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), budget=st.integers(LONGEST, COUNT * LONGEST))
-def test_the_critics_gradient(engines: tuple[Plain, Plain], seed: int, order: list[int], budget: int) -> None:
+@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), layout=LAYOUTS)
+def test_the_critics_gradient(engines: tuple[Plain, Plain], seed: int, order: list[int], layout: Layout) -> None:
     batch, samples = batch_of(seed)
     found = []
-    for some, chosen, tokens in ((batch, samples, 10**6), (*reordered(batch, samples, order), budget)):
+    for some, chosen, cut in ((batch, samples, Layout(10**6)), (*reordered(batch, samples, order), layout)):
         engine = engines[1]
         arguments = (some, chosen.old_logprobs, chosen.advantages, chosen.included)
-        (update,) = update_critic(
-            cast(TrainEngine, engine), *arguments, parts=1, token_budget=tokens, seed=0, value_clip=0.3
-        )
+        (update,) = update_critic(cast(TrainEngine, engine), *arguments, parts=1, layout=cut, seed=0, value_clip=0.3)
         found.append((update.loss, engine.gradients()))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5, abs=1e-7)
     assert_same(found[0][1], found[1][1])
@@ -149,7 +151,7 @@ def test_a_smaller_budget_means_more_forwards(engines: tuple[Plain, Plain]) -> N
     for tokens in (10**6, LONGEST):
         engine, before = engines[1], engines[1].forwards
         arguments = (batch, samples.old_logprobs, samples.advantages, samples.included)
-        update_critic(cast(TrainEngine, engine), *arguments, parts=1, token_budget=tokens, seed=0, value_clip=None)
+        update_critic(cast(TrainEngine, engine), *arguments, parts=1, layout=Layout(tokens), seed=0, value_clip=None)
         counts.append(engine.forwards - before)
     assert counts[0] == 1
     assert counts[1] >= COUNT // 2

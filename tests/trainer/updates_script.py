@@ -2,7 +2,7 @@
 
 Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N] [--unused yes]
 [--rehearse yes] [--deaf yes] [--offload optimizer|parameters] [--deepspeed FILE]
-[--checkpointing yes]
+[--checkpointing yes] [--packed yes]
 """
 
 import sys
@@ -15,7 +15,7 @@ from torch import Tensor
 from mispo.algorithm.loss import mispo_loss
 from mispo.algorithm.objective import Objective, Samples
 from mispo.config.schema import TrainerConfig
-from mispo.trainer.batch import pack
+from mispo.trainer.batch import Layout, pack
 from mispo.trainer.checkpoint import (
     Progress,
     load_progress,
@@ -75,6 +75,7 @@ def main() -> None:
         deepspeed=flags.get("--deepspeed"),
         max_skipped_updates=int(flags.get("--max-skipped", "100")),
     )
+    layout = Layout(100, packed="--packed" in flags)
     accelerator, ranks = start_ranks(config)
     torch.manual_seed(0)
     policy, tokenizer = build_policy("micro", None, seed=0)
@@ -98,9 +99,17 @@ def main() -> None:
     )
     engine = DeafEngine(copy, [1], 0, 4) if "--deaf" in flags else NativeEngine(copy, [1], 0, 4)
     if "--rehearse" in flags:
-        rehearse(actor, 30, 100, 90)
-        rehearse(critic, 30, 100, 90)
-    sync = WeightSync(actor, engine, WeightHistory(0), probe=[torch.arange(7, 15)], tolerance=1e-4, temperature=1.0)
+        rehearse(actor, 30, layout, 90)
+        rehearse(critic, 30, layout, 90)
+    sync = WeightSync(
+        actor,
+        engine,
+        WeightHistory(0),
+        probe=[torch.arange(7, 15)],
+        packed=layout.packed,
+        tolerance=1e-4,
+        temperature=1.0,
+    )
     if checkpoint:
         load_states(checkpoint, load_progress(checkpoint), actor=actor, critic=critic, sync=sync)
 
@@ -118,7 +127,7 @@ def main() -> None:
     for number in range(int(rounds)):
         seed = number + actor.updates * 100
         updates += update_critic(
-            critic, batch, advantages, advantages, included, parts=3, token_budget=100, seed=seed, value_clip=None
+            critic, batch, advantages, advantages, included, parts=3, layout=layout, seed=seed, value_clip=None
         )
         updates += update_actor(
             actor,
@@ -126,14 +135,14 @@ def main() -> None:
             Samples(torch.zeros(tokens), advantages, weights, included),
             Objective(mispo_loss, "tokens", 30, 0.0, 0.0),
             parts=2,
-            token_budget=100,
+            layout=layout,
             seed=seed,
             temperature=1.0,
             after_update=lambda: None,
         )
     sync.publish()
-    scores = score_policy(actor, batch, 100, 1.0)
-    values = score_values(critic, batch, 100)
+    scores = score_policy(actor, batch, layout, 1.0)
+    values = score_values(critic, batch, layout)
     result = {
         "losses": torch.tensor([update.loss for update in updates]),
         "norms": torch.tensor([update.grad_norm for update in updates]),

@@ -1,0 +1,71 @@
+"""How trajectories are cut into micro-batches, and where the model reads them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mispo.algorithm.segments import offsets_of
+from mispo.trainer.batch import Batch, Layout
+
+CPU = torch.device("cpu")
+
+
+def batch_of(lengths: list[int], prompt: int = 2) -> Batch:
+    """Trajectories whose tokens are 100·b, 100·b + 1, …"""
+    count = len(lengths)
+    return Batch(
+        ids=[100 * b + torch.arange(length) for b, length in enumerate(lengths)],
+        columns=[torch.arange(prompt - 1, length - 1) for length in lengths],
+        offsets_B1=offsets_of(torch.tensor(lengths) - prompt),
+        rollout_logprobs_N=torch.zeros(sum(lengths) - prompt * count),
+        rewards_B=torch.zeros(count),
+        penalties_B=torch.zeros(count),
+        truncated_B=torch.zeros(count, dtype=torch.bool),
+        included_B=torch.ones(count, dtype=torch.bool),
+        position_B=torch.arange(count),
+        total=count,
+    )
+
+
+def test_padded_parts_are_sorted_by_length_and_count_their_padding() -> None:
+    parts = Layout(20).microbatches(batch_of([4, 10, 5, 9, 3, 4]), range(6))
+    assert parts == [[1, 3], [2, 0, 5, 4]]
+
+
+def test_packed_parts_are_filled_first_fit_and_longest_first() -> None:
+    parts = Layout(20, packed=True).microbatches(batch_of([4, 10, 5, 9, 3, 4]), range(6))
+    assert parts == [[1, 3], [2, 0, 5, 4]]
+    parts = Layout(21, packed=True).microbatches(batch_of([4, 10, 5, 8, 3, 4]), range(6))
+    assert parts == [[1, 3, 4], [2, 0, 5]]
+
+
+def test_a_trajectory_longer_than_the_budget_stands_alone() -> None:
+    for packed in (False, True):
+        assert Layout(6, packed).microbatches(batch_of([4, 10, 3]), range(3)) == [[1], [0], [2]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("members", [[2, 0], [1], [0, 1, 2]])
+def test_each_scored_token_is_read_where_its_predecessor_lies(packed: bool, members: list[int]) -> None:
+    batch = batch_of([4, 7, 5])
+    x = Layout(100, packed).input(batch, members, CPU)
+    expected = torch.cat([batch.ids[b][2:] for b in members])
+    assert x.targets.tolist() == expected.tolist()
+    assert x.ids[x.rows, x.columns].tolist() == (expected - 1).tolist()
+    end = Layout(100, packed).input(batch, members, CPU, last=True)
+    assert end.ids[end.rows, end.columns].tolist() == [int(batch.ids[b][-1]) for b in members]
+
+
+def test_packed_positions_restart_and_nothing_is_padding() -> None:
+    x = Layout(100, packed=True).input(batch_of([4, 3]), [1, 0], CPU)
+    assert x.ids.tolist() == [[100, 101, 102, 0, 1, 2, 3]]
+    assert isinstance(x.positions, Tensor)
+    assert x.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert Layout(100).input(batch_of([4, 3]), [1, 0], CPU).positions is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_empty_micro_batch_is_one_token_of_which_nothing_is_read(packed: bool) -> None:
+    x = Layout(100, packed).input(batch_of([4]), [], CPU)
+    assert x.ids.shape == (1, 1)
+    assert len(x.rows) == len(x.columns) == len(x.targets) == 0
