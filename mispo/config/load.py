@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mispo.config.check import check_config
 from mispo.config.schema import MispoConfig
 
-FIXED = ("model.", "warm_start.", "seed", "run_dir", "algorithm.advantage")
+FIXED = ("model.", "warm_start.", "seed", "run_dir", "algorithm.advantage", "trainer.optimizer")
 """Keys, or beginnings of keys, that a resumed run cannot change."""
 
 GROUPS = ("model", "data", "reward", "rollout", "algorithm", "trainer", "tracking")

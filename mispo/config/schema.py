@@ -224,6 +224,9 @@ class TrainerConfig:
     """padded: a row for each trajectory, sorted by length; packed: one after the other in one row, without padding,
     which pays with flex_attention or flash_attention_2 (with sdpa the time of attention grows with the square of
     the micro-batch); auto: packed with these two. Never changes the result. Ours."""
+    optimizer: str = "muon"
+    """muon (report), with AdamW for embeddings, heads and vectors; or adamw. Updates are of one size, so a learning
+    rate means the same for both; actor/grad_norm under Muon and ZeRO 1 to 3 is the norm of the update."""
     actor_lr: float = 2.0e-6
     """Actor learning rate (report: 2e-6)."""
     actor_warmup_updates: int = 20
@@ -233,9 +236,9 @@ class TrainerConfig:
     critic_warmup_updates: int = 50
     """Linear warm-up, in critic updates (report: 50)."""
     weight_decay: float = 0.1
-    """Decoupled, on matrices only (report: 0.1 with Muon; here AdamW, a marked deviation)."""
+    """Decoupled, on matrices only (report: 0.1)."""
     max_grad_norm: float = 1.0
-    """Gradient norm is clipped to this, per model, > 0. Ours."""
+    """adamw: the gradient norm is clipped to this, per model, > 0. Muon's update does not depend on it. Ours."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage: 0, 1, 2 or 3."""
     offload: str = "none"

@@ -3,7 +3,7 @@
 checkpoints/step_N/
     actor/                        config, weights (fp32), modeling code, tokenizer
     critic.safetensors            the critic's weights, if the method has one
-    {actor,critic}_optimizer.safetensors   Adam's moments per parameter, `NAME.exp_avg`, `NAME.exp_avg_sq`
+    {actor,critic}_optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq (AdamW), NAME.momentum_buffer (Muon)
     history.safetensors           old weights, under rollout.staleness
     rng.pt                        random states of the first rank
     state.json                    counters, data cursor, states of filter and alarms, W&B id; the other files' sizes
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.utils import safe_set_full_optimizer_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,8 +29,6 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.weights import NoSync, WeightSync, full_weights
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def save_checkpoint(
     temporary = final.with_name(final.name + ".tmp")
     policy = full_weights(actor, actor.module.policy)
     values = full_weights(critic, critic.module.critic) if critic else None
-    moments = {engine.name: _moments(engine) for engine in (actor, critic) if engine}
+    moments = {e.name: e.states.read() if e.updates else {} for e in (actor, critic) if e}
     if actor.ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -105,7 +102,7 @@ def load_states(
         path = checkpoint / f"{engine.name}_optimizer.safetensors"
         engine.updates = updates
         if updates:
-            _load_moments(engine, load_file(path), path)
+            _load_optimizer(engine, load_file(path), path)
     snapshots: dict[int, dict[str, Tensor]] = {}
     expected: dict[int, list[tuple[int, Tensor]]] = {}
     for key, tensor in load_file(checkpoint / "history.safetensors").items():
@@ -133,36 +130,12 @@ def _history(sync: WeightSync | NoSync) -> dict[str, Tensor]:
     return tensors | {f"{version}/probe/{i}": t for version, probes in expected.items() for i, t in enumerate(probes)}
 
 
-def _moments(engine: TrainEngine) -> dict[str, Tensor]:
-    """Adam's moments by parameter name; {} before the first update. Collective under ZeRO."""
-    if not engine.updates:
-        return {}
-    engine.link_states()
-    return {
-        f"{name}.{moment}": engine.moment(parameter, moment)
-        for name, parameter in engine.module.named_parameters()
-        for moment in MOMENTS
-    }
-
-
-def _load_moments(engine: TrainEngine, states: dict[str, Tensor], path: Path) -> None:
-    expected = {f"{name}.{moment}" for name, _ in engine.module.named_parameters() for moment in MOMENTS}
-    if expected != states.keys():
-        odd = sorted(expected ^ states.keys())
-        raise ValueError(f"--resume: {path} belongs to another model: {odd[0]} is in only one of them")
-    if engine.engine.zero_optimization_stage() == 0:
-        for name, parameter in engine.module.named_parameters():
-            engine.engine.optimizer.state[parameter] = {
-                "step": torch.tensor(float(engine.updates)),
-                **{moment: states[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS},
-            }
-        return
+def _load_optimizer(engine: TrainEngine, states: dict[str, Tensor], path: Path) -> None:
+    odd = sorted(engine.states.names() ^ states.keys())
+    if odd:
+        raise ValueError(f"--resume: {path} belongs to another model or optimizer: {odd[0]} is in only one of them")
     engine.create_states(_zero_loss(engine))
-    engine.link_states()
-    for name, parameter in engine.module.named_parameters():
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, states[f"{name}.{moment}"].to(engine.ranks.device), moment)
-    engine.set_step(engine.updates)
+    engine.states.write(states, engine.updates)
 
 
 def _zero_loss(engine: TrainEngine) -> Tensor:

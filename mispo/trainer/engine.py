@@ -14,14 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mispo.config.schema import TrainerConfig
+from mispo.trainer.optimizer import OptimizerStates, build_optimizer
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
-
-BETAS = (0.9, 0.95)
 
 DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",
@@ -33,7 +31,7 @@ DECIDED_BY = {
     "zero_optimization.offload_param": "trainer.offload",
     "bf16": "trainer.dtype",
     "fp16": "trainer.dtype",
-    "optimizer": "trainer.actor_lr and its neighbours",
+    "optimizer": "trainer.optimizer",
     "scheduler": "trainer.actor_warmup_updates",
 }
 """Keys of DeepSpeed's JSON that a user's own file must not set, and the field of mispo that does."""
@@ -68,6 +66,7 @@ class TrainEngine:
         self.lr = lr
         self.warmup = warmup
         self.max_skipped = config.max_skipped_updates
+        self.states = OptimizerStates(engine, ranks)
         self.updates = 0
         self._skipped_in_a_row = 0
         self._must_check = config.all_must_learn
@@ -93,7 +92,7 @@ class TrainEngine:
         self.engine.train()
         lr = self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         total = torch.zeros((), dtype=torch.float64)
         for number, compute in enumerate(losses):
             self.engine.set_gradient_accumulation_boundary(number == len(losses) - 1)
@@ -116,24 +115,7 @@ class TrainEngine:
         self.engine.backward(zero_loss)
         self.engine.step()
         self.engine.zero_grad()
-        self.set_step(0)
-
-    def set_step(self, updates: int) -> None:
-        """Let the optimizer believe that it has made so many updates (its bias correction depends on it)."""
-        stage = self.engine.zero_optimization_stage()
-        optimizer = self.engine.optimizer.optimizer if stage else self.engine.optimizer
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(updates))
-
-    def link_states(self) -> None:
-        """Make the optimizer's states reachable by parameter, before they are read or set.
-
-        DeepSpeed (0.19) does so during the first step, after the first parameter group: the states of the other
-        groups do not exist yet, and stay unreachable.
-        """
-        if self.engine.zero_optimization_stage() in (1, 2):
-            self.engine.optimizer._hp_optimizer_states_linked = False
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self.states.set_step(0)
 
     def _step(self) -> tuple[float, bool]:
         if self.engine.zero_optimization_stage() == 0:
@@ -150,16 +132,12 @@ class TrainEngine:
         applied = not self.engine.optimizer.overflow
         return (float(self.engine.get_global_grad_norm()) if applied else float("nan")), applied
 
-    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of Adam's moments of a parameter, whole, wherever ZeRO keeps it. Collective; first `link_states`."""
-        if self.engine.zero_optimization_stage() == 0:
-            return self.engine.optimizer.state[parameter][name]
-        return safe_get_full_optimizer_state(parameter, name).cpu()
-
     def _check_all_learn(self) -> None:
         """RuntimeError if the first update had no gradient for a trainable tensor: it would never learn anything."""
-        self.link_states()
-        learning = {name: bool(self.moment(p, "exp_avg").any()) for name, p in self.module.named_parameters()}
+        learning: dict[str, bool] = {}
+        for key, state in self.states.read().items():
+            name = key.rpartition(".")[0]
+            learning[name] = learning.get(name, False) or bool(state.any())
         still = [name for name, learns in learning.items() if not learns]
         if still:
             shown = ", ".join(still[:5]) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
@@ -191,6 +169,8 @@ def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        torch.compiler.set_stance("force_eager")  # Muon's products are not worth a C++ compiler
     accelerator = Accelerator(
         deepspeed_plugins=plugins,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
@@ -214,8 +194,7 @@ def build_engines(
             continue
         accelerator.state.select_deepspeed_plugin(name)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
-        optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=0.0, betas=BETAS)
-        engine, _ = accelerator.prepare(module, optimizer)
+        engine, _ = accelerator.prepare(module, build_optimizer(module, config))
         engines.append(TrainEngine(name, engine, ranks, lr, warmup, config))
     assert engines[0] is not None
     return engines[0], engines[1]
@@ -232,10 +211,14 @@ def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
+    muon = config.optimizer == "muon"
+    if muon and config.zero_stage == 3:
+        zero |= {"reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
     generated = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.max_grad_norm,
+        # Under Muon DeepSpeed would clip the orthogonal update, whose size says nothing of the gradient's.
+        "gradient_clipping": 0.0 if muon else config.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -265,10 +248,3 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         for key, value in own.items()
     }
     return base | both
-
-
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices (and stacks of them); none on norms, biases."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -2,7 +2,7 @@
 
 Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N] [--unused yes]
 [--rehearse yes] [--deaf yes] [--offload optimizer|parameters] [--deepspeed FILE]
-[--checkpointing yes] [--packed yes]
+[--checkpointing yes] [--packed yes] [--optimizer muon]
 """
 
 import sys
@@ -71,6 +71,7 @@ def main() -> None:
         critic_lr=1e-3,
         actor_warmup_updates=1,
         critic_warmup_updates=1,
+        optimizer=flags.get("--optimizer", "adamw"),
         offload=flags.get("--offload", "none"),
         deepspeed=flags.get("--deepspeed"),
         max_skipped_updates=int(flags.get("--max-skipped", "100")),
@@ -151,6 +152,7 @@ def main() -> None:
         "bootstrap": ranks.gather(values.bootstrap_B, batch.position_B, TRAJECTORIES),
         "actor": full_weights(actor, actor.module.policy),
         "critic": full_weights(critic, critic.module.critic),
+        "states": actor.states.read() if actor.updates else {},
         "calls": len(calls),
         "stop": (actor.updates, critic.updates),
     }

@@ -1,0 +1,202 @@
+"""AdamW and Muon under DeepSpeed: parameter groups, and the states by parameter on every ZeRO stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from mispo.config.schema import TrainerConfig
+from mispo.trainer.ranks import Ranks
+
+BETAS = (0.9, 0.95)
+
+EPSILON = 1e-8
+
+MOMENTUM = 0.95
+"""Muon's, with Nesterov's look-ahead."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(module: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
+    """The optimizer that trainer.optimizer names, with learning rate 0.
+
+    Each group's `lr_scale` is the factor on the learning rate that belongs to it.
+    """
+    if config.optimizer == "adamw":
+        groups = [
+            {**group, "lr_scale": 1.0} for group in _adam_groups(list(_trained(module).values()), config.weight_decay)
+        ]
+        return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
+    # Here: it takes two seconds to import.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam(_muon_groups(module, config.weight_decay))
+
+
+def _adam_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on matrices (and stacks of them); none on norms, biases."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Muon for the matrices of hidden layers, each slice of a stack [experts, out, in] a matrix of its own; AdamW for
+    embeddings, output heads, norms and biases.
+
+    A matrix [out, in] moves by lr · 0.2 · √max(out, in) times an orthogonal one, whose entries then have the size of an
+    AdamW update (Moonlight, arXiv 2502.16982), so both kinds share a learning rate. DeepSpeed multiplies by
+    √max(1, out/in): the rest is in `lr_scale`, one group for each shape.
+    """
+    shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+    others: list[nn.Parameter] = []
+    ends = {id(parameter) for parameter in _ends(module)}
+    for parameter in _trained(module).values():
+        parameter.use_muon = parameter.ndim in (2, 3) and id(parameter) not in ends
+        parameter.is_expert_group = parameter.ndim == 3
+        if parameter.use_muon:
+            shapes.setdefault((parameter.shape[-2], parameter.shape[-1]), []).append(parameter)
+        else:
+            others.append(parameter)
+    groups = []
+    for (rows, columns), members in shapes.items():
+        scale = 0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns))
+        groups.append(
+            {
+                "params": members,
+                "use_muon": True,
+                "lr": 0.0,
+                "lr_scale": scale,
+                "momentum": MOMENTUM,
+                "weight_decay": weight_decay / scale,  # decay is lr times this, and not scaled by the shape
+                "ns_method": "standard",
+            }
+        )
+    for group in _adam_groups(others, weight_decay):
+        if group["params"]:
+            groups.append(group | {"use_muon": False, "lr": 0.0, "lr_scale": 1.0, "betas": BETAS, "eps": EPSILON})
+    return groups
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _ends(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Where tokens come in and go out."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            yield part.weight
+        head = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
+        if head is not None:
+            yield head.weight
+        if isinstance(part, nn.Linear) and part.out_features == 1:
+            yield part.weight
+
+
+class OptimizerStates:
+    """The states of an engine's optimizer as full tensors, `PARAMETER.STATE`; reading and setting are collective."""
+
+    def __init__(self, engine: DeepSpeedEngine, ranks: Ranks) -> None:
+        self.engine = engine
+        self.ranks = ranks
+        self.stage = engine.zero_optimization_stage()
+
+    def names(self) -> set[str]:
+        """Of all states that there are after an update."""
+        return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in _states_of(p)}
+
+    def read(self) -> dict[str, Tensor]:
+        """All states, on the CPU."""
+        self._link()
+        states: dict[str, Tensor] = {}
+        sliced = self._muon_slices()
+        for name, parameter in _trained(self.engine.module).items():
+            for state in _states_of(parameter):
+                if self.stage == 0:
+                    tensor = self.engine.optimizer.state[parameter][state]
+                elif sliced is not None and state == "momentum_buffer":
+                    tensor = self._gather_slice(parameter, sliced)
+                else:
+                    tensor = safe_get_full_optimizer_state(parameter, state)
+                states[f"{name}.{state}"] = tensor.detach().cpu()
+        return states
+
+    def write(self, states: dict[str, Tensor], updates: int) -> None:
+        """Continue from states that `read` has given, after so many updates; the optimizer has its states already."""
+        self._link()
+        sliced = self._muon_slices()
+        for name, parameter in _trained(self.engine.module).items():
+            for state in _states_of(parameter):
+                value = states[f"{name}.{state}"].to(self.ranks.device)
+                if self.stage == 0:
+                    self.engine.optimizer.state[parameter][state].copy_(value)
+                elif sliced is not None and state == "momentum_buffer":
+                    if id(parameter) in sliced:
+                        sliced[id(parameter)].copy_(value.flatten())
+                elif self.stage == 3:
+                    # The last partitions are padded, which DeepSpeed's setting of a whole state does not know.
+                    each = parameter.ds_tensor.numel()
+                    padded = nn.functional.pad(value.flatten(), (0, each * self.ranks.size - value.numel()))
+                    mine = padded[each * self.ranks.rank : each * (self.ranks.rank + 1)]
+                    safe_set_local_optimizer_state(parameter, mine, state)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, state)
+        self.set_step(updates)
+
+    def set_step(self, updates: int) -> None:
+        """Let the optimizer believe that it has made so many updates (Adam's bias correction depends on it)."""
+        optimizer = self.engine.optimizer.optimizer if self.stage else self.engine.optimizer
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.tensor(float(updates)) if torch.is_tensor(state["step"]) else updates
+
+    def _link(self) -> None:
+        """Make Adam's states reachable by parameter.
+
+        DeepSpeed (0.19) does so during the first step, after the first parameter group: the states of the other
+        groups do not exist yet, and stay unreachable.
+        """
+        if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _muon_slices(self) -> dict[int, Tensor] | None:
+        """Under ZeRO 1 and 2 this rank's momenta, flat, by id of their parameter; None elsewhere.
+
+        There DeepSpeed keeps the whole momentum of every matrix of which a rank has a part, one after the other.
+        """
+        zero = self.engine.optimizer
+        if self.stage not in (1, 2) or not any(group.get("use_muon") for group in zero.param_groups):
+            return None
+        slices: dict[int, Tensor] = {}
+        for number, group in enumerate(zero.param_groups):
+            members = zero.params_in_partition[number] if group["use_muon"] else []
+            if members:
+                flat = zero.optimizer.state[group["params"][0]]["momentum_buffer"]
+                parts = flat.split([member.numel() for member in members])
+                slices |= {id(member): part for member, part in zip(members, parts, strict=True)}
+        return slices
+
+    def _gather_slice(self, parameter: nn.Parameter, slices: dict[int, Tensor]) -> Tensor:
+        """The whole momentum, from the first rank that has it."""
+        mine = slices.get(id(parameter))
+        owner = -int(self.ranks.max(torch.tensor(-self.ranks.rank if mine is not None else -self.ranks.size)))
+        if mine is None or owner != self.ranks.rank:
+            mine = torch.zeros(parameter.numel(), device=self.ranks.device)
+        return self.ranks.sum(mine).view(parameter.shape)
+
+
+def _states_of(parameter: nn.Parameter) -> tuple[str, ...]:
+    return ("momentum_buffer",) if getattr(parameter, "use_muon", False) else MOMENTS
