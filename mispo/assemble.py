@@ -36,7 +36,7 @@ from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.weights import NoSync, WeightSync
 from mispo.warm_start import warm_start
 from model.build import build_policy
-from model.critic import Critic
+from model.critic import Critic, ValueHead
 from model.routing import find_routers, keep_router_fp32
 from rewards.workers import RewardPool, RewardSpec
 from rollouts.native import NativeEngine
@@ -84,8 +84,9 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         policy.to(ranks.device)
         if checkpoint is None and config.warm_start.steps:
             _warm_start(policy, tokenizer, data, config, ranks, say)
+        shared = config.algorithm.advantage == "gae" and config.critic.kind == "shared"
         dtype, layout = compute_dtype(config.trainer.dtype, ranks.device), _layout(config, ranks.device)
-        critic = _critic(policy, config, checkpoint)
+        critic = None if shared else _critic(policy, tokenizer, config, checkpoint)
         reference = _reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
         engine = None if replay else _rollout_engine(policy, tokenizer, config, ranks)
         # Now: under ZeRO-3 the trainer's weights will have no shape.
@@ -97,7 +98,12 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         actor_engine, critic_engine = build_engines(
             accelerator,
             ranks,
-            ActorModule(policy, dtype, entropy_gradient=config.algorithm.entropy > 0),
+            ActorModule(
+                policy,
+                dtype,
+                entropy_gradient=config.algorithm.entropy > 0,
+                value_head=_value_head(policy, config, checkpoint) if shared else None,
+            ),
             CriticModule(critic, dtype) if critic else None,
             config.trainer,
         )
@@ -230,14 +236,42 @@ def _warm_start(
         data.stream.cursor = int(cursor)
 
 
-def _critic(policy: PreTrainedModel, config: MispoConfig, checkpoint: Path | None) -> Critic | None:
+def _critic(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, checkpoint: Path | None
+) -> Critic | None:
     """The value model of methods that have one."""
     if config.algorithm.advantage != "gae":
         return None
-    critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
+    if config.critic.model is None:
+        critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
+    else:
+        model = _other_model("critic.model", config.critic.model, tokenizer, config).to(policy.device)
+        critic = Critic(model.get_decoder(), config.critic.head_init_std, config.seed)
     if checkpoint:
         critic.load_state_dict(load_file(checkpoint / "critic.safetensors"))
     return critic
+
+
+def _value_head(policy: PreTrainedModel, config: MispoConfig, checkpoint: Path | None) -> ValueHead:
+    """V on the policy's own trunk (critic.kind: shared)."""
+    head = ValueHead(policy, config.critic.head_init_std, config.seed)
+    if checkpoint:
+        head.load_state_dict(load_file(checkpoint / "critic.safetensors"))
+    return head
+
+
+def _other_model(key: str, path: str, tokenizer: PreTrainedTokenizerBase, config: MispoConfig) -> PreTrainedModel:
+    """A second causal LM that reads the policy's tokens. ValueError that names the key for one that does not."""
+    settings = config.model
+    try:
+        model, other = build_policy(
+            None, path, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", key, 1)) from error
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{key}: {path} has another tokenizer than the policy")
+    return model
 
 
 def _reference(
@@ -268,11 +302,7 @@ def _reference(
             f"algorithm.kl: {kept} does not exist, since this run began without a KL term; name algorithm.reference"
         )
     else:
-        model, other = build_policy(
-            None, path, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
-        )
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"algorithm.reference: {path} has another tokenizer than the policy")
+        model = _other_model("algorithm.reference", path, tokenizer, config)
     return Reference(ActorModule(model.to(ranks.device), dtype), ranks)
 
 

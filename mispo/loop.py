@@ -27,7 +27,7 @@ from mispo.step_metrics import StepRecord, step_metrics
 from mispo.trainer.batch import Batch, pack
 from mispo.trainer.engine import Update
 from mispo.trainer.scoring import PolicyScores, Values, score_logprobs, score_policy, score_values
-from mispo.trainer.update import update_actor, update_critic
+from mispo.trainer.update import ValueLoss, update_actor, update_critic, value_updates
 from rollouts.trajectory import Trajectory
 
 
@@ -82,10 +82,12 @@ def train_step(run: Run, step: int) -> None:
         record = StepRecord(batch, trajectories, policy, values, targets_N, selection, lags_B)
         # Before the updates: should they fail, the batch is there to be replayed.
         run.save_rollouts(step, record, samples)
+        value_loss = learn_values(run, batch, values, targets_N, included_N)
         with timer("critic"):
-            critic_updates = update_values(run, batch, values, targets_N, included_N, step)
+            critic_updates = update_values(run, batch, value_loss, step)
         with timer("actor"):
-            actor_updates = update_policy(run, batch, samples, step)
+            actor_updates = update_policy(run, batch, samples, value_loss, step)
+        critic_updates += value_updates(actor_updates)
         with timer("sync"):
             synced = run.sync.publish()
     metrics = step_metrics(
@@ -122,8 +124,9 @@ def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
 def score(run: Run, batch: Batch) -> tuple[PolicyScores, Values | None, Tensor | None]:
     """π_old, V where there is a critic, log π_ref where there is a reference; all before any update of this step."""
     temperature = run.config.rollout.temperature
-    policy = score_policy(run.actor, batch, run.layout, temperature)
-    values = score_values(run.critic, batch, run.layout) if run.critic else None
+    policy, values = score_policy(run.actor, batch, run.layout, temperature)
+    if run.critic:
+        values = score_values(run.critic, batch, run.layout)
     reference_N = None
     if run.reference:
         reference_N = score_logprobs(run.reference, batch, range(len(batch)), run.layout, temperature)
@@ -181,24 +184,29 @@ def weigh(run: Run, batch: Batch, selection: Selection, old_logprobs_N: Tensor, 
     return selected_N * torch.where(selected_N > 0, correction_N, 0.0)
 
 
-def update_values(
-    run: Run, batch: Batch, values: Values | None, targets_N: Tensor | None, included_N: Tensor, step: int
-) -> list[Update]:
-    """The critic learns from every generated token, whatever the filter thinks of it."""
-    if run.critic is None or values is None or targets_N is None:
-        return []
-    if not run.config.critic.train_on_truncated:
+def learn_values(
+    run: Run, batch: Batch, values: Values | None, targets_N: Tensor | None, included_N: Tensor
+) -> ValueLoss | None:
+    """The critic's loss: every generated token counts, whatever the filter thinks of it."""
+    if values is None or targets_N is None:
+        return None
+    settings = run.config.critic
+    if not settings.train_on_truncated:
         included_N = included_N & ~batch.truncated_B[owner_of(batch.offsets_B1)]
+    return ValueLoss(values.values_N, targets_N, included_N, settings.value_clip, settings.loss_weight)
+
+
+def update_values(run: Run, batch: Batch, value_loss: ValueLoss | None, step: int) -> list[Update]:
+    """The critic learns, where it is a model of its own."""
+    if run.critic is None or value_loss is None:
+        return []
     return update_critic(
         run.critic,
         batch,
-        values.values_N,
-        targets_N,
-        included_N,
+        value_loss,
         parts=run.config.trainer.critic_minibatches,
         layout=run.layout,
         seed=run.step_seed("critic", step),
-        value_clip=run.config.critic.value_clip,
     )
 
 
@@ -211,12 +219,14 @@ def pretrain_critic(run: Run) -> None:
         values = score_values(run.critic, batch, run.layout)
         targets_N = monte_carlo(batch.rewards_B, batch.offsets_B1, run.config.algorithm.gamma)
         finished_N = (batch.included_B & ~batch.truncated_B)[owner_of(batch.offsets_B1)]
-        updates = update_values(run, batch, values, targets_N, finished_N, step)
+        updates = update_values(run, batch, learn_values(run, batch, values, targets_N, finished_N), step)
         run.report_pretraining(number + 1, updates)
 
 
-def update_policy(run: Run, batch: Batch, samples: Samples, step: int) -> list[Update | None]:
-    """The actor learns from what the filter selected, each sample once."""
+def update_policy(
+    run: Run, batch: Batch, samples: Samples, value_loss: ValueLoss | None, step: int
+) -> list[Update | None]:
+    """The actor learns from what the filter selected, each sample once; and values with it if they share its trunk."""
     if step <= run.config.critic.warmup_steps:
         return []
     return update_actor(
@@ -230,6 +240,7 @@ def update_policy(run: Run, batch: Batch, samples: Samples, step: int) -> list[U
         temperature=run.config.rollout.temperature,
         after_update=run.sync.record,
         reweigh=partial(reweigh, run, batch, samples, step) if run.config.algorithm.mask_policy == "current" else None,
+        value_loss=None if run.critic else value_loss,
     )
 
 

@@ -48,7 +48,7 @@ def batch_arithmetic(config: MispoConfig) -> list[tuple[str, str]]:
         )
     ]
     parts_of = {"actor": trainer.actor_minibatches}
-    if config.algorithm.advantage == "gae":
+    if config.algorithm.advantage == "gae" and config.critic.kind == "separate":
         parts_of["critic"] = trainer.critic_minibatches
     for name, parts in parts_of.items():
         small, large = total // parts, -(-total // parts)
@@ -81,7 +81,9 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
     rollout_bytes = compute_dtype(config.rollout.dtype, device).itemsize
     text = shape.get_text_config()
     tokens = config.trainer.tokens_per_microbatch
-    trained = ["actor", "critic"] if config.algorithm.advantage == "gae" else ["actor"]
+    trained = (
+        ["actor", "critic"] if config.algorithm.advantage == "gae" and config.critic.kind == "separate" else ["actor"]
+    )
     hosted = {"none": 0.0, "optimizer": adam, "parameters": adam + weights}[config.trainer.offload]
     states = len(trained) * count * (weights + grads + adam - hosted)
     reference = [("reference policy", f"{size(4 * count)} (algorithm.kl, a whole copy)")] if config.algorithm.kl else []

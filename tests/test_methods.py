@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
-from runs import mispo, rows_of, train
+from runs import MICRO, mispo, rows_of, train, without_times
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from model.tokenizer import character_tokenizer
 
 GSPO_WITH_A_CRITIC = (
     "algorithm=gspo",
@@ -53,6 +57,46 @@ def test_a_run_without_a_critic_resumes_and_holds_to_its_reference(tmp_path: Pat
     assert whole[1]["actor/kl_ref"] < whole[3]["actor/kl_ref"]
     for key in ("actor/kl_ref", "actor/loss", "reward/mean"):
         assert parts[3][key] == whole[3][key]
+
+
+def test_a_critic_on_the_policys_trunk_learns_with_it_and_resumes_as_the_same_run(tmp_path: Path) -> None:
+    """Also where the filter rejects everything: then only values are learnt, and the trunk still moves."""
+    options = ("critic.kind=shared", "trainer.critic_minibatches=4", "critic.loss_weight=0.3", "rollout.staleness=1")
+    nothing = ("algorithm.filter.token_bounds=[1.0,1.0]", "algorithm.filter.trajectory_bounds=[1.0,1.0]")
+    whole = train(tmp_path / "whole", *options, *nothing, "trainer.steps=3", "checkpoint.every=2")
+    train(tmp_path / "parts", *options, *nothing, "trainer.steps=2")
+    parts = train(tmp_path / "parts", "trainer.steps=3", resume=True)
+    assert without_times(parts)[3] == without_times(whole)[3]
+    assert whole[1]["mis/token_accept"] < 1
+    for row in whole[1:]:
+        assert row["critic/updates"] == row["actor/updates"] == 4.0
+        assert row["critic/loss"] > 0
+        assert row["critic/lr"] == row["actor/lr"]
+    assert whole[3]["mismatch/k3"] > 1e-6  # the policy moved with the trunk
+    assert sorted(load_file(tmp_path / "whole/checkpoints/latest/critic.safetensors")) == ["bias", "weight"]
+
+
+def test_a_critic_with_a_backbone_of_its_own_choice(tmp_path: Path) -> None:
+    """Here a dense Qwen; a model with another tokenizer is refused by name."""
+    tokenizer = character_tokenizer()
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    shape = Qwen2Config(**tokens, **heads, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    Qwen2ForCausalLM(shape).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    options = (f"critic.model={tmp_path / 'small'}", "trainer.steps=2")
+    rows = train(tmp_path / "run", *options)
+    assert rows[2]["critic/updates"] > 0
+    saved = load_file(tmp_path / "run/checkpoints/latest/critic.safetensors")
+    assert {name.split(".")[2] for name in saved if name.startswith("backbone.layers")} == {"0", "1"}
+    rows = train(tmp_path / "run", "trainer.steps=3", resume=True)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    tokenizer.add_tokens(["§"])
+    tokenizer.save_pretrained(tmp_path / "small")
+    done = mispo("train", *MICRO, *options, f"run_dir={tmp_path / 'bad'}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "critic.model" in done.stderr
+    assert "another tokenizer than the policy" in done.stderr
 
 
 def test_the_current_mask_rejects_what_the_old_one_keeps(tmp_path: Path) -> None:

@@ -76,9 +76,10 @@ class Objective:
         tokens = count(int(samples.included.sum()))
         if self.norm in ("sequence", "constant"):
             trajectories = count(int((segment_sum(samples.included, offsets_b1) > 0).sum()))
-            each = float(trajectories * (self.max_tokens if self.norm == "constant" else 1))
+            each = float(max(trajectories, 1) * (self.max_tokens if self.norm == "constant" else 1))
             return Scale(each, each, kept)
-        return Scale(float(kept if self.norm == "accepted" else tokens), float(tokens), kept)
+        # Where nothing counts the sums are 0, whatever they are divided by.
+        return Scale(float(max(kept if self.norm == "accepted" else tokens, 1)), float(max(tokens, 1)), kept)
 
     def __call__(
         self, logprobs_n: Tensor, entropy_n: Tensor, samples: Samples, offsets_b1: Tensor, scale: Scale

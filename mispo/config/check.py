@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.whiten": ("batch", "none"),
     "algorithm.truncation": ("bootstrap", "zero", "mask"),
     "algorithm.loss_norm": ("tokens", "accepted", "sequence", "constant"),
+    "critic.kind": ("separate", "shared"),
     "alarms.action": ("warn", "stop", "off"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
@@ -76,6 +77,7 @@ POSITIVE = (
     "alarms.max_mismatch",
     "alarms.stall_s",
     "trainer.max_grad_norm",
+    "critic.loss_weight",
 )
 
 SHARES = (
@@ -104,6 +106,9 @@ BELONGS: dict[str, tuple[str, tuple[object, ...]]] = {
     "algorithm.gamma": ("algorithm.advantage", ("gae",)),
     "algorithm.lam": ("algorithm.advantage", ("gae",)),
     "critic.lam": ("algorithm.advantage", ("gae",)),
+    "critic.kind": ("algorithm.advantage", ("gae",)),
+    "critic.model": ("algorithm.advantage", ("gae",)),
+    "critic.loss_weight": ("critic.kind", ("shared",)),
     "critic.pretrain_steps": ("algorithm.advantage", ("gae",)),
     "critic.warmup_steps": ("algorithm.advantage", ("gae",)),
     "critic.value_clip": ("algorithm.advantage", ("gae",)),
@@ -167,7 +172,25 @@ def _problems(config: MispoConfig) -> Iterator[str]:
     yield from _sources(config)
     yield from _inert(config)
     yield from _method(config)
+    yield from _shared_critic(config)
     yield from _contradictions(config)
+
+
+def _shared_critic(config: MispoConfig) -> Iterator[str]:
+    """One joint loss uses each sample once, and moves the policy with every update."""
+    critic, trainer = config.critic, config.trainer
+    if critic.kind != "shared" or config.algorithm.advantage != "gae":
+        return
+    if critic.model is not None:
+        yield "critic.model: nobody reads it while critic.kind=shared; leave it out, or set critic.kind=separate"
+    if trainer.critic_minibatches != trainer.actor_minibatches:
+        yield (
+            f"trainer.critic_minibatches: {trainer.critic_minibatches}, but a shared critic (critic.kind) learns in "
+            f"the actor's updates; set it to trainer.actor_minibatches, {trainer.actor_minibatches}"
+        )
+    for name in ("pretrain_steps", "warmup_steps"):
+        if getattr(critic, name):
+            yield f"critic.{name}: a shared critic (critic.kind) cannot learn without moving the actor; set it to 0"
 
 
 def _inert(config: MispoConfig) -> Iterator[str]:

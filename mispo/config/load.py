@@ -20,7 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 from mispo.config.check import check_config
 from mispo.config.schema import MispoConfig
 
-FIXED = ("model.", "warm_start.", "seed", "run_dir", "algorithm.advantage", "trainer.optimizer")
+FIXED = (
+    "model.",
+    "warm_start.",
+    "seed",
+    "run_dir",
+    "algorithm.advantage",
+    "trainer.optimizer",
+    "critic.kind",
+    "critic.model",
+)
 """Keys, or beginnings of keys, that a resumed run cannot change."""
 
 GROUPS = ("model", "data", "reward", "rollout", "algorithm", "trainer", "tracking")

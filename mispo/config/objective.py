@@ -24,6 +24,8 @@ def objective(config: MispoConfig) -> str:
         loss += f" + {algorithm.kl:g}·KL(π_θ‖π_ref)"
     if algorithm.entropy:
         loss += f" − {algorithm.entropy:g}·H(π_θ)"
+    if config.critic.kind == "shared":
+        loss += f" + {config.critic.loss_weight:g}·1/N Σ (V − R̂)²"
     return f"{loss},  {_advantage(config)},  {_returns(config)}"
 
 

@@ -190,8 +190,16 @@ class AlgorithmConfig:
 
 @dataclass
 class CriticConfig:
-    """The value model: its own copy of the policy's backbone with a scalar head. Methods without one refuse what is
-    set here."""
+    """The value model. Methods without one refuse what is set here."""
+
+    kind: str = "separate"
+    """separate: a backbone of its own with a scalar head (report); shared: a scalar head on the policy's trunk, one
+    joint loss: another method, with as many critic as actor mini-batches, trainer.actor_lr for both. Ours."""
+    model: str | None = None
+    """separate: the backbone, a Hugging Face directory or hub id with the policy's tokenizer; None = the policy at the
+    start, copied."""
+    loss_weight: float = 0.5
+    """shared: weight of the value loss in the joint loss, > 0. Ours."""
 
     pretrain_steps: int = 0
     """Rollouts of the initial policy, each as large as a step's, on whose Monte-Carlo returns the critic learns before

@@ -2,7 +2,7 @@
 
 checkpoints/step_N/
     actor/                        config, weights (fp32), modeling code, tokenizer
-    critic.safetensors            the critic's weights, if the method has one
+    critic.safetensors            the critic's weights, or those of its head on the policy's trunk, if there is one
     {actor,critic}_optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq (AdamW), NAME.momentum_buffer (Muon)
     history.safetensors           old weights, under rollout.staleness
     rng.pt                        random states of the first rank
@@ -63,7 +63,7 @@ def save_checkpoint(
     final = directory / f"step_{progress.step}"
     temporary = final.with_name(final.name + ".tmp")
     policy = full_weights(actor, actor.module.policy)
-    values = full_weights(critic, critic.module.critic) if critic else None
+    values = value_weights(actor, critic)
     moments = {e.name: e.states.read() if e.updates else {} for e in (actor, critic) if e}
     if actor.ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +71,7 @@ def save_checkpoint(
         try:
             actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
             tokenizer.save_pretrained(temporary / "actor")
-            if values is not None:
+            if values:
                 _save(values, temporary / "critic.safetensors")
             for name, states in moments.items():
                 _save(states, temporary / f"{name}_optimizer.safetensors")
@@ -84,6 +84,13 @@ def save_checkpoint(
             shutil.rmtree(old)
     actor.ranks.barrier()
     return final
+
+
+def value_weights(actor: TrainEngine, critic: TrainEngine | None) -> dict[str, Tensor]:
+    """The critic's weights: of its own model, or of the value head on the policy's trunk; {} without a critic."""
+    if critic:
+        return full_weights(critic, critic.module.critic)
+    return full_weights(actor, actor.module.value_head) if actor.module.value_head else {}
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -143,8 +150,8 @@ def _zero_loss(engine: TrainEngine) -> Tensor:
     ids = torch.zeros((1, 1), dtype=torch.int64, device=engine.ranks.device)
     none = torch.empty(0, dtype=torch.int64, device=engine.ranks.device)
     x = ModelInput(ids, none, none, none, positions=None)
-    output = engine.forward(x, 1.0) if engine.name == "actor" else engine.forward(x)
-    return (output[0] if isinstance(output, tuple) else output).sum() * 0
+    outputs = engine.forward(x, 1.0) if engine.name == "actor" else (engine.forward(x),)
+    return sum(output.sum() for output in outputs if output is not None) * 0
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -83,11 +83,12 @@ class TrainEngine:
         """Dropout off."""
         self.engine.eval()
 
-    def update(self, losses: Sequence[Callable[[], Tensor]]) -> Update:
+    def update(self, losses: Sequence[Callable[[], Tensor]], *, partial: bool = False) -> Update:
         """One optimizer update over micro-batches; every rank passes the same number of them.
 
         Each callable computes a micro-batch's share of the loss (a sum over a denominator of all ranks). A
         gradient that is not finite never reaches the parameters; RuntimeError after `max_skipped` in a row.
+        partial: terms of the loss are missing, so that parameters without a gradient mean nothing.
         """
         self.engine.train()
         lr = self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
@@ -102,7 +103,7 @@ class TrainEngine:
             self.engine.backward(loss * self.ranks.size)
         norm, applied = self._step()
         self._count(applied)
-        if self._must_check and applied and norm > 0:
+        if self._must_check and applied and norm > 0 and not partial:
             self._check_all_learn()
             self._must_check = False
         return Update(self.ranks.sum(total).item(), norm, lr, applied)

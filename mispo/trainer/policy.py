@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mispo.trainer.batch import ModelInput
 from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
-from model.critic import Critic
+from model.critic import Critic, ValueHead
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,21 +32,35 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 class ActorModule(nn.Module):
     """The policy, read as log-probs at chosen positions; their logits never exist as a whole.
 
-    entropy_gradient: whether the entropy is part of a loss; else it has no gradient.
+    entropy_gradient: whether the entropy is part of a loss; else it has no gradient. value_head: of a critic that
+    shares the policy's trunk.
     """
 
-    def __init__(self, policy: PreTrainedModel, dtype: torch.dtype, *, entropy_gradient: bool = False) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        dtype: torch.dtype,
+        *,
+        entropy_gradient: bool = False,
+        value_head: ValueHead | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
+        self.value_head = value_head
         self.dtype = dtype
         self.logprobs = LogprobHead(policy.get_output_embeddings(), dtype, entropy_gradient=entropy_gradient)
 
-    def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor]:
-        """log π(target) under softmax(logits/temperature) and entropy at (row, column); both [n] fp32."""
+    def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """log π(target) under softmax(logits/temperature), entropy, V with a value head, at (row, column); [n] fp32.
+
+        With fewer targets than rows, only V is read at the others.
+        """
         with autocast(x.ids.device, self.dtype):
             decoder = self.policy.get_decoder()
             hidden = decoder(input_ids=x.ids, position_ids=x.positions, use_cache=False).last_hidden_state
-        return self.logprobs(hidden[x.rows, x.columns], x.targets, temperature)
+        hidden_nH = hidden[x.rows, x.columns]
+        logprobs_n, entropy_n = self.logprobs(hidden_nH[: len(x.targets)], x.targets, temperature)
+        return logprobs_n, entropy_n, self.value_head(hidden_nH) if self.value_head else None
 
 
 def checkpoint_layers(model: PreTrainedModel, zero_stage: int) -> None:

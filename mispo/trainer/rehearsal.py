@@ -54,6 +54,5 @@ def _loss(engine: TrainEngine, batch: Batch, layout: Layout) -> Tensor:
     engine.engine.train()
     x = layout.input(batch, range(len(batch)), engine.ranks.device)
     if engine.name == "actor":
-        logprobs, entropy = engine.forward(x, 1.0)
-        return logprobs.sum() + entropy.sum()
+        return sum(output.sum() for output in engine.forward(x, 1.0) if output is not None)
     return engine.forward(x).sum()

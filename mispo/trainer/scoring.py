@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mispo.trainer.batch import Batch, Layout
+from mispo.trainer.batch import Batch, Layout, ModelInput
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
@@ -35,46 +35,60 @@ class Values:
     values_N: Tensor
     bootstrap_B: Tensor
 
+    def put(self, places: Tensor, members: Sequence[int], found: Tensor) -> None:
+        """Fill in V at these tokens' places, followed by V(s_T) of these trajectories."""
+        self.values_N[places] = found[: len(places)].cpu()
+        self.bootstrap_B[list(members)] = found[len(places) :].cpu()
+
 
 @torch.no_grad()
-def score_policy(actor: TrainEngine, batch: Batch, layout: Layout, temperature: float) -> PolicyScores:
-    """One forward over the batch; dropout off."""
+def score_policy(
+    actor: TrainEngine, batch: Batch, layout: Layout, temperature: float
+) -> tuple[PolicyScores, Values | None]:
+    """One forward over the batch; dropout off. Values where the actor's trunk has a value head."""
     actor.eval()
     tokens = int(batch.offsets_B1[-1])
     logprobs_N, entropy_N = torch.zeros(tokens), torch.zeros(tokens)
+    values = Values(torch.zeros(tokens), torch.zeros(len(batch)))
     confidence, experts, places = [], [], []
     with RoutingRecorder(actor.module) as recorder:
         for members in equal_count(actor.ranks, layout.microbatches(batch, range(len(batch)))):
-            x = layout.input(batch, members, actor.ranks.device)
-            logprobs, entropy = actor.forward(x, temperature)
-            at = batch.tokens_of(members)
+            x = _with_ends(layout, batch, members, actor)
+            logprobs, entropy, found = actor.forward(x, temperature)
+            at, count = batch.tokens_of(members), len(x.targets)
             logprobs_N[at], entropy_N[at] = logprobs.cpu(), entropy.cpu()
+            if found is not None:
+                values.put(at, members, found)
             routing = recorder.take()
             if routing is not None:
-                flat = x.rows * x.ids.shape[1] + x.columns
+                flat = (x.rows * x.ids.shape[1] + x.columns)[:count]
                 confidence.append(routing.confidence[:, flat].cpu())
                 experts.append(routing.experts[:, flat].cpu())
                 places.append(at)
+    shared = values if actor.module.value_head else None
     if not confidence:
-        return PolicyScores(logprobs_N, entropy_N, None, None)
+        return PolicyScores(logprobs_N, entropy_N, None, None), shared
     order = torch.argsort(torch.cat(places))
-    return PolicyScores(logprobs_N, entropy_N, torch.cat(confidence, 1)[:, order], torch.cat(experts, 1)[:, order])
+    routed = (torch.cat(parts, 1)[:, order] for parts in (confidence, experts))
+    return PolicyScores(logprobs_N, entropy_N, *routed), shared
 
 
 @torch.no_grad()
 def score_values(critic: TrainEngine, batch: Batch, layout: Layout) -> Values:
     """One forward over the batch gives V at every scored token and after the last one; dropout off."""
     critic.eval()
-    values_N, bootstrap_B = torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch))
+    values = Values(torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch)))
     for members in equal_count(critic.ranks, layout.microbatches(batch, range(len(batch)))):
-        x = layout.input(batch, members, critic.ranks.device)
-        end = layout.input(batch, members, critic.ranks.device, last=True)
-        both = replace(x, rows=torch.cat([x.rows, end.rows]), columns=torch.cat([x.columns, end.columns]))
-        values = critic.forward(both).cpu()
-        tokens = len(x.rows)
-        values_N[batch.tokens_of(members)] = values[:tokens]
-        bootstrap_B[list(members)] = values[tokens:]
-    return Values(values_N, bootstrap_B)
+        found = critic.forward(_with_ends(layout, batch, members, critic))
+        values.put(batch.tokens_of(members), members, found)
+    return values
+
+
+def _with_ends(layout: Layout, batch: Batch, members: Sequence[int], engine: TrainEngine) -> ModelInput:
+    """A micro-batch read at its scored tokens, then at each trajectory's last token, where V(s_T) is."""
+    x = layout.input(batch, members, engine.ranks.device)
+    end = layout.input(batch, members, engine.ranks.device, last=True)
+    return replace(x, rows=torch.cat([x.rows, end.rows]), columns=torch.cat([x.columns, end.columns]))
 
 
 @torch.no_grad()
@@ -89,7 +103,7 @@ def score_logprobs(
     policy.eval()
     logprobs_N = torch.zeros(int(batch.offsets_B1[-1]))
     for part in equal_count(policy.ranks, layout.microbatches(batch, members)):
-        logprobs, _ = policy.forward(layout.input(batch, part, policy.ranks.device), temperature)
+        logprobs, *_ = policy.forward(layout.input(batch, part, policy.ranks.device), temperature)
         logprobs_N[batch.tokens_of(part)] = logprobs.cpu()
     return logprobs_N
 

@@ -134,4 +134,5 @@ def score_texts(
         total=len(pairs),
     )
     layout = Layout(max(len(ids) for ids in batch.ids) * len(pairs), packed)
-    return list(score_policy(actor, batch, layout, temperature).logprobs_N.split(lengths))
+    scores, _ = score_policy(actor, batch, layout, temperature)
+    return list(scores.logprobs_N.split(lengths))

@@ -34,6 +34,15 @@ from mispo.config.schema import MispoConfig
         (["model.preset=null", "model.path=x/y"], "warm_start.steps: a checkpoint (model.path) needs no warm start"),
         (["trainer.actor_lr=nan"], "trainer.actor_lr: nan is no number from 0 on"),
         (["trainer.actor_lr=inf"], "trainer.actor_lr: inf is no number from 0 on"),
+        (
+            ["critic.kind=shared"],
+            "trainer.critic_minibatches: 12, but a shared critic (critic.kind) learns in the actor",
+        ),
+        (["critic.kind=shared", "critic.warmup_steps=1"], "critic.warmup_steps: a shared critic (critic.kind) cannot"),
+        (["critic.kind=shared", "critic.model=x/y"], "critic.model: nobody reads it while critic.kind=shared"),
+        (["critic.loss_weight=1"], "critic.loss_weight: nobody reads it while critic.kind=separate"),
+        (["trainer.optimizer=muon", "trainer.max_grad_norm=2"], "trainer.max_grad_norm: nobody reads it while"),
+        (["trainer.optimizer=adam"], "trainer.optimizer: 'adam' is none of muon, adamw; did you mean adamw?"),
         (["rollout.temperature=inf"], "rollout.temperature: inf is no positive number"),
     ],
 )

@@ -18,9 +18,9 @@ from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.ranks import Ranks
-from mispo.trainer.update import update_actor, update_critic
+from mispo.trainer.update import ValueLoss, update_actor, update_critic
 from model.build import build_policy
-from model.critic import Critic
+from model.critic import Critic, ValueHead
 
 COUNT, LONGEST = 6, 24
 
@@ -39,7 +39,7 @@ class Plain:
         self.forwards += 1
         return self.module(*arguments)
 
-    def update(self, losses: Sequence[Callable[[], Tensor]]) -> Update:
+    def update(self, losses: Sequence[Callable[[], Tensor]], *, partial: bool = False) -> Update:
         self.module.zero_grad()
         total = 0.0
         for compute in losses:
@@ -137,11 +137,41 @@ def test_the_critics_gradient(engines: tuple[Plain, Plain], seed: int, order: li
     found = []
     for some, chosen, cut in ((batch, samples, Layout(10**6)), (*reordered(batch, samples, order), layout)):
         engine = engines[1]
-        arguments = (some, chosen.old_logprobs, chosen.advantages, chosen.included)
-        (update,) = update_critic(cast(TrainEngine, engine), *arguments, parts=1, layout=cut, seed=0, value_clip=0.3)
+        value_loss = ValueLoss(chosen.old_logprobs, chosen.advantages, chosen.included, clip=0.3)
+        (update,) = update_critic(cast(TrainEngine, engine), some, value_loss, parts=1, layout=cut, seed=0)
         found.append((update.loss, engine.gradients()))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5, abs=1e-7)
     assert_same(found[0][1], found[1][1])
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), layout=LAYOUTS)
+def test_the_gradient_of_a_joint_loss(seed: int, order: list[int], layout: Layout) -> None:
+    """Of an actor and a critic that share a trunk: the sum of their losses, each over its own denominator."""
+    policy, _ = build_policy("micro", None, seed=0)
+    engine = Plain("actor", ActorModule(policy, torch.float32, value_head=ValueHead(policy, 0.1, 0)))
+    batch, samples = batch_of(seed)
+    objective = Objective(mispo_loss, "accepted", LONGEST, 0.0, 0.0)
+    found = []
+    for some, chosen, cut in ((batch, samples, Layout(10**6)), (*reordered(batch, samples, order), layout)):
+        (update,) = update_actor(
+            cast(TrainEngine, engine),
+            some,
+            chosen,
+            objective,
+            parts=1,
+            layout=cut,
+            seed=0,
+            temperature=0.8,
+            after_update=lambda: None,
+            value_loss=ValueLoss(chosen.old_logprobs, chosen.advantages, chosen.included, clip=None, weight=0.7),
+        )
+        assert update is not None
+        found.append((update.loss, update.stats["value_loss"], engine.gradients()))
+    assert found[0][1] > 0
+    assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-5, abs=1e-7)
+    assert "value_head.weight" in found[0][2]
+    assert_same(found[0][2], found[1][2])
 
 
 def test_a_smaller_budget_means_more_forwards(engines: tuple[Plain, Plain]) -> None:
@@ -150,8 +180,8 @@ def test_a_smaller_budget_means_more_forwards(engines: tuple[Plain, Plain]) -> N
     counts = []
     for tokens in (10**6, LONGEST):
         engine, before = engines[1], engines[1].forwards
-        arguments = (batch, samples.old_logprobs, samples.advantages, samples.included)
-        update_critic(cast(TrainEngine, engine), *arguments, parts=1, layout=Layout(tokens), seed=0, value_clip=None)
+        value_loss = ValueLoss(samples.old_logprobs, samples.advantages, samples.included, clip=None)
+        update_critic(cast(TrainEngine, engine), batch, value_loss, parts=1, layout=Layout(tokens), seed=0)
         counts.append(engine.forwards - before)
     assert counts[0] == 1
     assert counts[1] >= COUNT // 2

@@ -27,7 +27,7 @@ from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, CriticModule, checkpoint_layers
 from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.scoring import score_policy, score_values
-from mispo.trainer.update import update_actor, update_critic
+from mispo.trainer.update import ValueLoss, update_actor, update_critic
 from mispo.trainer.weights import WeightSync, full_weights
 from model.build import build_policy
 from model.critic import Critic
@@ -128,7 +128,7 @@ def main() -> None:
     for number in range(int(rounds)):
         seed = number + actor.updates * 100
         updates += update_critic(
-            critic, batch, advantages, advantages, included, parts=3, layout=layout, seed=seed, value_clip=None
+            critic, batch, ValueLoss(advantages, advantages, included, clip=None), parts=3, layout=layout, seed=seed
         )
         updates += update_actor(
             actor,
@@ -142,7 +142,7 @@ def main() -> None:
             after_update=lambda: None,
         )
     sync.publish()
-    scores = score_policy(actor, batch, layout, 1.0)
+    scores, _ = score_policy(actor, batch, layout, 1.0)
     values = score_values(critic, batch, layout)
     result = {
         "losses": torch.tensor([update.loss for update in updates]),
