@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +18,18 @@ from mispo.config.schema import MispoConfig
 from mispo.data import Data, build_data
 from mispo.evaluate import Evaluator
 from mispo.method import build_method
+from mispo.models import (
+    add_adapters,
+    build_critic,
+    build_reference,
+    build_rollout_engine,
+    build_value_head,
+    check_context,
+    keep_base,
+    num_experts,
+    open_policy,
+    summary,
+)
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.tracking import Tracker
@@ -30,16 +40,12 @@ from mispo.trainer.batch import Layout
 from mispo.trainer.checkpoint import load_progress, load_states
 from mispo.trainer.checkpoint_files import newest_checkpoint
 from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
-from mispo.trainer.policy import ActorModule, CriticModule, Reference, checkpoint_layers, compute_dtype
+from mispo.trainer.policy import ActorModule, CriticModule, checkpoint_layers, compute_dtype
 from mispo.trainer.ranks import Ranks, max_memory_gb
 from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.weights import NoSync, WeightSync
 from mispo.warm_start import warm_start
-from model.build import build_policy
-from model.critic import Critic, ValueHead
-from model.routing import find_routers, keep_router_fp32
 from rewards.workers import RewardPool, RewardSpec
-from rollouts.native import NativeEngine
 from rollouts.staleness import WeightHistory
 from rollouts.worker import RolloutWorker
 
@@ -72,25 +78,23 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         say = printer.console.print if printer else _silent
         for problem in torn:
             say(f"left out: {problem}", highlight=False, markup=False, soft_wrap=True)
-        policy, tokenizer = build_policy(
-            None if checkpoint else config.model.preset,
-            str(checkpoint / "actor") if checkpoint else config.model.path,
-            seed=config.seed,
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        _check_context(policy, config)
+        policy, tokenizer = open_policy(config, directory, checkpoint)
+        check_context(policy, config)
         data = build_data(config.data, tokenizer)
         policy.to(ranks.device)
         if checkpoint is None and config.warm_start.steps:
             _warm_start(policy, tokenizer, data, config, ranks, say)
         shared = config.algorithm.advantage == "gae" and config.critic.kind == "shared"
         dtype, layout = compute_dtype(config.trainer.dtype, ranks.device), _layout(config, ranks.device)
-        critic = None if shared else _critic(policy, tokenizer, config, checkpoint)
-        reference = _reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
-        engine = None if replay else _rollout_engine(policy, tokenizer, config, ranks)
+        critic = None if shared else build_critic(policy, tokenizer, config, checkpoint)
+        reference = build_reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
+        engine = None if replay else build_rollout_engine(policy, tokenizer, config, ranks)
+        if config.model.lora.rank:
+            if checkpoint is None and ranks.first:
+                keep_base(policy, tokenizer, config, directory)
+            add_adapters(policy, critic, config, dtype, checkpoint)
         # Now: under ZeRO-3 the trainer's weights will have no shape.
-        about, experts = _summary(policy, config, ranks, dtype, layout), _num_experts(policy)
+        about, experts = summary(policy, config, ranks, dtype, layout), num_experts(policy)
         vocabulary = policy.config.get_text_config().vocab_size
         if config.trainer.gradient_checkpointing:
             for model in (policy, critic.backbone) if critic else (policy,):
@@ -102,7 +106,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 policy,
                 dtype,
                 entropy_gradient=config.algorithm.entropy > 0,
-                value_head=_value_head(policy, config, checkpoint) if shared else None,
+                value_head=build_value_head(policy, config, checkpoint) if shared else None,
             ),
             CriticModule(critic, dtype) if critic else None,
             config.trainer,
@@ -191,17 +195,6 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         raise
 
 
-def _check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
-    """ValueError where the longest trajectory has more tokens than the model has positions."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or longest
-    if longest > positions:
-        raise ValueError(
-            f"rollout.max_new_tokens: with data.max_prompt_tokens a trajectory may have {longest} tokens, but the "
-            f"model has {positions} positions; lower one of the two"
-        )
-
-
 def _warm_start(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -236,76 +229,6 @@ def _warm_start(
         data.stream.cursor = int(cursor)
 
 
-def _critic(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, checkpoint: Path | None
-) -> Critic | None:
-    """The value model of methods that have one."""
-    if config.algorithm.advantage != "gae":
-        return None
-    if config.critic.model is None:
-        critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
-    else:
-        model = _other_model("critic.model", config.critic.model, tokenizer, config).to(policy.device)
-        critic = Critic(model.get_decoder(), config.critic.head_init_std, config.seed)
-    if checkpoint:
-        critic.load_state_dict(load_file(checkpoint / "critic.safetensors"))
-    return critic
-
-
-def _value_head(policy: PreTrainedModel, config: MispoConfig, checkpoint: Path | None) -> ValueHead:
-    """V on the policy's own trunk (critic.kind: shared)."""
-    head = ValueHead(policy, config.critic.head_init_std, config.seed)
-    if checkpoint:
-        head.load_state_dict(load_file(checkpoint / "critic.safetensors"))
-    return head
-
-
-def _other_model(key: str, path: str, tokenizer: PreTrainedTokenizerBase, config: MispoConfig) -> PreTrainedModel:
-    """A second causal LM that reads the policy's tokens. ValueError that names the key for one that does not."""
-    settings = config.model
-    try:
-        model, other = build_policy(
-            None, path, attention=settings.attention, trust_remote_code=settings.trust_remote_code
-        )
-    except ValueError as error:
-        raise ValueError(str(error).replace("model.path", key, 1)) from error
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{key}: {path} has another tokenizer than the policy")
-    return model
-
-
-def _reference(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: MispoConfig,
-    directory: Path,
-    ranks: Ranks,
-    dtype: torch.dtype,
-    *,
-    resume: bool,
-) -> Reference | None:
-    """The policy that algorithm.kl holds the actor near to, None without that term.
-
-    Without algorithm.reference it is the policy at the start, kept in run_dir/reference for a resumed run.
-    """
-    if config.algorithm.kl == 0:
-        return None
-    kept = directory / "reference"
-    path = config.algorithm.reference or (str(kept) if resume else None)
-    if path is None:
-        model = copy.deepcopy(policy)
-        if ranks.first:
-            model.save_pretrained(kept)
-            tokenizer.save_pretrained(kept)
-    elif path == str(kept) and not kept.is_dir():
-        raise ValueError(
-            f"algorithm.kl: {kept} does not exist, since this run began without a KL term; name algorithm.reference"
-        )
-    else:
-        model = _other_model("algorithm.reference", path, tokenizer, config)
-    return Reference(ActorModule(model.to(ranks.device), dtype), ranks)
-
-
 def _layout(config: MispoConfig, device: torch.device) -> Layout:
     """How micro-batches are laid out. ValueError for an attention that this device does not have."""
     attention = config.model.attention
@@ -314,23 +237,6 @@ def _layout(config: MispoConfig, device: torch.device) -> Layout:
         raise ValueError(f"model.attention: {attention} needs a CUDA device, this is {device.type}; use sdpa")
     packed = by_blocks if config.trainer.layout == "auto" else config.trainer.layout == "packed"
     return Layout(config.trainer.tokens_per_microbatch, packed)
-
-
-def _rollout_engine(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, ranks: Ranks
-) -> NativeEngine:
-    """An engine with a copy of the policy of its own, in the rollout precision."""
-    shape = copy.deepcopy(policy.config)
-    if shape._attn_implementation != "eager":
-        shape._attn_implementation = "sdpa"  # takes the masks of the slot cache
-    with torch.device(ranks.device):
-        model = type(policy)(shape)
-    model.load_state_dict(policy.state_dict())
-    model.to(device=ranks.device, dtype=compute_dtype(config.rollout.dtype, ranks.device))
-    keep_router_fp32(model)
-    ends = policy.generation_config.eos_token_id if policy.generation_config else None
-    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return NativeEngine(model, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots)
 
 
 def _rehearse(
@@ -357,23 +263,6 @@ def _probe(data: Data, config: MispoConfig) -> list[Tensor]:
     prompts = data.heldout[:PROBES] or data.stream.take(min(PROBES, config.rollout.prompts_per_step))
     data.stream.cursor = cursor
     return [prompt.ids for prompt in prompts]
-
-
-def _num_experts(policy: nn.Module) -> int:
-    """Experts of a MoE layer, 0 for a dense model."""
-    routers = find_routers(policy)
-    return routers[0].module.weight.shape[0] if routers else 0
-
-
-def _summary(policy: nn.Module, config: MispoConfig, ranks: Ranks, dtype: torch.dtype, layout: Layout) -> str:
-    count = sum(parameter.numel() for parameter in policy.parameters())
-    experts = sorted({type(m).__name__ for name, m in policy.named_modules() if name.endswith(".experts")})
-    return (
-        f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {len(find_routers(policy))} MoE layers"
-        f"{' (' + ', '.join(experts) + ')' if experts else ''}, {ranks.size} × {ranks.device.type}, "
-        f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
-        f"{', packed' if layout.packed else ''}"
-    )
 
 
 def _silent(*_: object, **__: object) -> None:

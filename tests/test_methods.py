@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from runs import MICRO, mispo, rows_of, train, without_times
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -97,6 +98,25 @@ def test_a_critic_with_a_backbone_of_its_own_choice(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "critic.model" in done.stderr
     assert "another tokenizer than the policy" in done.stderr
+
+
+def test_adapters_learn_on_a_frozen_model_and_resume_as_the_same_run(tmp_path: Path) -> None:
+    """On the preset as the warm start left it; the checkpoint is a plain model with the adapters merged in."""
+    options = ("model.lora.rank=4", "trainer.actor_lr=1e-3", "rollout.staleness=1", "checkpoint.every=2")
+    whole = train(tmp_path / "whole", *options, "trainer.steps=3")
+    train(tmp_path / "parts", *options, "trainer.steps=2")
+    parts = train(tmp_path / "parts", "trainer.steps=3", resume=True)
+    assert without_times(parts)[3] == without_times(whole)[3]
+    assert whole[3]["mismatch/k3"] > 1e-6
+    checkpoint = tmp_path / "whole/checkpoints/latest"
+    base, after = (load_file(path / "model.safetensors") for path in (tmp_path / "whole/base", checkpoint / "actor"))
+    assert base.keys() == after.keys()
+    moved = {name for name, tensor in base.items() if not torch.equal(tensor, after[name])}
+    assert "model.layers.1.self_attn.q_proj.weight" in moved
+    assert not any("embed" in name or "experts.gate_up" in name or "norm" in name for name in moved)
+    assert all(
+        ".lora_" in name or name.startswith("value_head") for name in load_file(checkpoint / "critic.safetensors")
+    )
 
 
 def test_the_current_mask_rejects_what_the_old_one_keeps(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
-from mispo.config.schema import MispoConfig
+from mispo.config.schema import LoraConfig, MispoConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("sdpa", "eager", "flex_attention", "flash_attention_2"),
@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 AT_LEAST: dict[str, float] = {
     "data.max_prompt_tokens": 1,
     "data.eval_size": 0,
+    "model.lora.rank": 0,
     "warm_start.steps": 0,
     "warm_start.batch_size": 1,
     "warm_start.warmup_steps": 0,
@@ -70,6 +71,7 @@ AT_LEAST: dict[str, float] = {
 }
 
 POSITIVE = (
+    "model.lora.alpha",
     "warm_start.lr",
     "reward.timeout_s",
     "rollout.temperature",
@@ -231,6 +233,9 @@ def _method(config: MispoConfig) -> Iterator[str]:
         yield f"algorithm.dual_clip: {algorithm.dual_clip} is not above 1; null switches it off"
     if not algorithm.correction_cap > 0:
         yield f"algorithm.correction_cap: {algorithm.correction_cap} is no positive number"
+    lora, unused = config.model.lora, LoraConfig(rank=config.model.lora.rank)
+    if lora.rank == 0 and lora != unused:
+        yield "model.lora: nobody reads alpha and targets while model.lora.rank=0; leave them out, or raise the rank"
     if algorithm.reference is not None and algorithm.kl == 0:
         yield "algorithm.reference: nobody reads it while algorithm.kl=0; leave it out, or raise algorithm.kl"
     if config.critic.value_clip is not None and not 0 < config.critic.value_clip < math.inf:

@@ -11,6 +11,20 @@ from typing import Any
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters instead of all weights, through peft (pip install 'mispo[lora]'). The model itself and the
+    critic's backbone are frozen, in the compute precision: in bf16 2 bytes per parameter and model, else 16."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 = off, all weights learn. Ours."""
+    alpha: float = 32.0
+    """Their output is multiplied by alpha/rank, > 0."""
+    targets: list[str] = field(default_factory=list)
+    """Layers with an adapter, by name or end of the name, for example [q_proj, v_proj]; empty = all linear layers but
+    the output head. Experts that are one stacked tensor, as in Step, have none."""
+
+
+@dataclass
 class ModelConfig:
     """The policy. Exactly one of `preset` and `path` is set."""
 
@@ -20,6 +34,7 @@ class ModelConfig:
     """A Hugging Face causal LM: a directory, or a hub id."""
     trust_remote_code: bool = False
     """Run the modeling code that a checkpoint carries (checkpoints written by mispo need no such code here)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     attention: str = "sdpa"
     """transformers' `attn_implementation` for the trainer: sdpa, eager; on CUDA also flex_attention and
     flash_attention_2, which need no padding. Rollouts use sdpa."""

@@ -2,7 +2,8 @@
 
 checkpoints/step_N/
     actor/                        config, weights (fp32), modeling code, tokenizer
-    critic.safetensors            the critic's weights, or those of its head on the policy's trunk, if there is one
+    adapters.safetensors          with LoRA: the policy's adapters, which are merged into actor/
+    critic.safetensors            the critic's weights (with LoRA: adapters and head), or a shared one's head
     {actor,critic}_optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq (AdamW), NAME.momentum_buffer (Muon)
     history.safetensors           old weights, under rollout.staleness
     rng.pt                        random states of the first rank
@@ -29,6 +30,7 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.weights import NoSync, WeightSync, full_weights
+from model.lora import has_lora, merged, trained
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def save_checkpoint(
     """
     final = directory / f"step_{progress.step}"
     temporary = final.with_name(final.name + ".tmp")
-    policy = full_weights(actor, actor.module.policy)
+    raw = full_weights(actor, actor.module.policy)
+    policy, adapters = merged(actor.module.policy, raw), has_lora(actor.module)
     values = value_weights(actor, critic)
     moments = {e.name: e.states.read() if e.updates else {} for e in (actor, critic) if e}
     if actor.ranks.first:
@@ -71,6 +74,8 @@ def save_checkpoint(
         try:
             actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
             tokenizer.save_pretrained(temporary / "actor")
+            if adapters:
+                _save(trained(actor.module.policy, raw), temporary / "adapters.safetensors")
             if values:
                 _save(values, temporary / "critic.safetensors")
             for name, states in moments.items():
@@ -89,7 +94,8 @@ def save_checkpoint(
 def value_weights(actor: TrainEngine, critic: TrainEngine | None) -> dict[str, Tensor]:
     """The critic's weights: of its own model, or of the value head on the policy's trunk; {} without a critic."""
     if critic:
-        return full_weights(critic, critic.module.critic)
+        weights = full_weights(critic, critic.module.critic)
+        return trained(critic.module.critic, weights) if has_lora(critic.module) else weights
     return full_weights(actor, actor.module.value_head) if actor.module.value_head else {}
 
 

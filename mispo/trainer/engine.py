@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.optimizer import OptimizerStates, build_optimizer
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
+from model.lora import has_lora
 
 DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",
@@ -69,7 +70,8 @@ class TrainEngine:
         self.states = OptimizerStates(engine, ranks)
         self.updates = 0
         self._skipped_in_a_row = 0
-        self._must_check = config.all_must_learn
+        # The first update of an adapter moves only its B, since that is 0.
+        self._check_after = (2 if has_lora(engine.module) else 1) if config.all_must_learn else 0
 
     @property
     def module(self) -> nn.Module:
@@ -103,9 +105,10 @@ class TrainEngine:
             self.engine.backward(loss * self.ranks.size)
         norm, applied = self._step()
         self._count(applied)
-        if self._must_check and applied and norm > 0 and not partial:
-            self._check_all_learn()
-            self._must_check = False
+        if self._check_after and applied and norm > 0 and not partial:
+            self._check_after -= 1
+            if self._check_after == 0:
+                self._check_all_learn()
         return Update(self.ranks.sum(total).item(), norm, lr, applied)
 
     def create_states(self, zero_loss: Tensor) -> None:
@@ -134,7 +137,7 @@ class TrainEngine:
         return (float(self.engine.get_global_grad_norm()) if applied else float("nan")), applied
 
     def _check_all_learn(self) -> None:
-        """RuntimeError if the first update had no gradient for a trainable tensor: it would never learn anything."""
+        """RuntimeError if the updates so far had no gradient for a trainable tensor: it would never learn anything."""
         learning: dict[str, bool] = {}
         for key, state in self.states.read().items():
             name = key.rpartition(".")[0]
@@ -143,7 +146,7 @@ class TrainEngine:
         if still:
             shown = ", ".join(still[:5]) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
             raise RuntimeError(
-                f"{self.name}: {len(still)} of {len(learning)} trainable tensors had no gradient in the first update: "
+                f"{self.name}: {len(still)} of {len(learning)} trainable tensors had no gradient in the first updates: "
                 f"{shown}. They belong to parts of the model that are not used, or the sharding loses them; if that is "
                 "meant, set trainer.all_must_learn=false"
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.scoring import score_policy
+from model.lora import merged
 from rollouts.engine import Engine
 from rollouts.staleness import WeightHistory
 
@@ -24,6 +25,11 @@ def full_weights(engine: TrainEngine, module: nn.Module) -> dict[str, Tensor]:
         with GatheredParameters([parameter]):
             weights[name] = parameter.detach().to("cpu", copy=True)
     return weights
+
+
+def policy_weights(actor: TrainEngine) -> dict[str, Tensor]:
+    """The policy's state_dict, adapters merged; every rank must call it."""
+    return merged(actor.module.policy, full_weights(actor, actor.module.policy))
 
 
 class WeightSync:
@@ -95,7 +101,7 @@ class WeightSync:
         return self.history.snapshots, {v: self._expected[v] for v in self.history.versions}
 
     def _weights(self) -> dict[str, Tensor]:
-        return full_weights(self.actor, self.actor.module.policy)
+        return policy_weights(self.actor)
 
     def _expect(self) -> None:
         self._expected[self.actor.updates] = score_texts(self.actor, self._pairs, self.packed, self.temperature)

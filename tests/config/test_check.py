@@ -40,6 +40,7 @@ from mispo.config.schema import MispoConfig
         ),
         (["critic.kind=shared", "critic.warmup_steps=1"], "critic.warmup_steps: a shared critic (critic.kind) cannot"),
         (["critic.kind=shared", "critic.model=x/y"], "critic.model: nobody reads it while critic.kind=shared"),
+        (["model.lora.alpha=16"], "model.lora: nobody reads alpha and targets while model.lora.rank=0"),
         (["critic.loss_weight=1"], "critic.loss_weight: nobody reads it while critic.kind=separate"),
         (["trainer.optimizer=muon", "trainer.max_grad_norm=2"], "trainer.max_grad_norm: nobody reads it while"),
         (["trainer.optimizer=adam"], "trainer.optimizer: 'adam' is none of muon, adamw; did you mean adamw?"),

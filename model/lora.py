@@ -1,0 +1,81 @@
+"""Low-rank adapters (LoRA) through peft, put into a model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from model.routing import keep_router_fp32
+
+PLACE = ".base_layer."
+"""In the name of a tensor: peft has put an adapter around its layer."""
+
+
+def add_lora(
+    model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], dtype: torch.dtype, seed: int
+) -> None:
+    """Freeze the model, in `dtype` but for its routers, and put adapters that learn, in float32, on its linear layers.
+
+    An adapter of a layer W [out, in] computes W·x + (alpha/rank)·B·(A·x), A [rank, in] random, B [out, rank] 0.
+    targets: names, or ends of names, of layers; none = all linear layers but the output head. Experts that are one
+    stacked tensor have none. ValueError without peft, or where a target fits nothing.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("model.lora.rank: adapters need peft; pip install 'mispo[lora]'") from error
+    model.to(dtype)
+    keep_router_fp32(model)
+    wanted = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets) or "all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the same on every rank
+        try:
+            inject_adapter_in_model(wanted, model)
+        except ValueError as error:
+            raise ValueError(f"model.lora.targets: {error}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    # Under gradient checkpointing a layer's gradient must find something that wants it before the first adapter.
+    model.enable_input_require_grads()
+
+
+def trained(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a module's whole tensors by name, those that learn."""
+    return {name: weights[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Set what `trained` gave. ValueError for weights of another module."""
+    own = trained(module, module.state_dict())
+    odd = sorted(own.keys() ^ weights.keys())
+    if odd:
+        raise ValueError(f"model.lora: the checkpoint has other adapters: {odd[0]} is in only one of them")
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether `add_lora` was here."""
+    return any(PLACE in name for name, _ in module.named_parameters())
+
+
+def merged(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of the module without adapters, their products added to the layers, in the layers' precision.
+
+    weights: the module's whole tensors by name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        if name.endswith(f"{PLACE}weight"):
+            layer = name.removesuffix(f"{PLACE}weight")
+            a, b = (weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            scaling = module.get_submodule(layer).scaling["default"]
+            tensor = (tensor.float() + scaling * (b @ a).to(tensor.device)).to(tensor.dtype)
+        plain[name.replace(PLACE, ".")] = tensor
+    return plain
