@@ -64,11 +64,12 @@ def save_checkpoint(
     """
     final = directory / f"step_{progress.step}"
     temporary = final.with_name(final.name + ".tmp")
-    raw = full_weights(actor, actor.module.policy)
-    policy, adapters = merged(actor.module.policy, raw), has_lora(actor.module)
+    first, adapters = actor.ranks.first, has_lora(actor.module)
+    raw = full_weights(actor, actor.module.policy, keep=first)
     values = value_weights(actor, critic)
-    moments = {e.name: e.states.read() if e.updates else {} for e in (actor, critic) if e}
-    if actor.ranks.first:
+    moments = {e.name: e.states.read(keep=first) if e.updates else {} for e in (actor, critic) if e}
+    if first:
+        policy = merged(actor.module.policy, raw)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -94,9 +95,10 @@ def save_checkpoint(
 def value_weights(actor: TrainEngine, critic: TrainEngine | None) -> dict[str, Tensor]:
     """The critic's weights: of its own model, or of the value head on the policy's trunk; {} without a critic."""
     if critic:
-        weights = full_weights(critic, critic.module.critic)
+        weights = full_weights(critic, critic.module.critic, keep=critic.ranks.first)
         return trained(critic.module.critic, weights) if has_lora(critic.module) else weights
-    return full_weights(actor, actor.module.value_head) if actor.module.value_head else {}
+    head = actor.module.value_head
+    return full_weights(actor, head, keep=actor.ranks.first) if head else {}
 
 
 def load_progress(checkpoint: Path) -> Progress:

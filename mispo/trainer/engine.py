@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -21,6 +22,7 @@ from mispo.config.schema import TrainerConfig
 from mispo.trainer.optimizer import OptimizerStates, build_optimizer
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
 from model.lora import has_lora
+from model.routing import find_routers
 
 DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",
@@ -197,11 +199,25 @@ def build_engines(
             engines.append(None)
             continue
         accelerator.state.select_deepspeed_plugin(name)
+        if config.zero_stage == 3:
+            gather_moe_layers_whole(module)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
         engine, _ = accelerator.prepare(module, build_optimizer(module, config))
         engines.append(TrainEngine(name, engine, ranks, lr, warmup, config))
     assert engines[0] is not None
     return engines[0], engines[1]
+
+
+def gather_moe_layers_whole(module: nn.Module) -> list[str]:
+    """Let ZeRO-3 gather a MoE layer with all its experts at once; returns the layers' names.
+
+    Else ranks whose tokens go to different experts would wait for each other in different places (DeepSpeed#7461).
+    """
+    names = [router.name.rpartition(".")[0] for router in find_routers(module)]
+    classes = {type(module.get_submodule(name)) for name in names}
+    if classes:
+        set_z3_leaf_modules(module, list(classes))
+    return names
 
 
 def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:

@@ -117,8 +117,8 @@ class OptimizerStates:
         """Of all states that there are after an update."""
         return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in _states_of(p)}
 
-    def read(self) -> dict[str, Tensor]:
-        """All states, on the CPU."""
+    def read(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """All states, on the CPU; {} on a rank that does not keep them and only helps to gather."""
         self._link()
         states: dict[str, Tensor] = {}
         sliced = self._muon_slices()
@@ -130,7 +130,8 @@ class OptimizerStates:
                     tensor = self._gather_slice(parameter, sliced)
                 else:
                     tensor = safe_get_full_optimizer_state(parameter, state)
-                states[f"{name}.{state}"] = tensor.detach().cpu()
+                if keep:
+                    states[f"{name}.{state}"] = tensor.detach().cpu()
         return states
 
     def write(self, states: dict[str, Tensor], updates: int) -> None:

@@ -16,14 +16,18 @@ from rollouts.engine import Engine
 from rollouts.staleness import WeightHistory
 
 
-def full_weights(engine: TrainEngine, module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a module of this engine; every rank must call it. Under ZeRO-3 gathered one by one."""
+def full_weights(engine: TrainEngine, module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state_dict of a module of this engine; every rank must call it. Under ZeRO-3 gathered one by one, on the CPU.
+
+    keep: whether this rank wants it, or only helps the others; then the tensors have no values.
+    """
     if engine.engine.zero_optimization_stage() < 3:
         return {name: tensor.detach() for name, tensor in module.state_dict().items()}
     weights = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         with GatheredParameters([parameter]):
-            weights[name] = parameter.detach().to("cpu", copy=True)
+            if keep:
+                weights[name] = parameter.detach().to("cpu", copy=True)
     return weights
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor
 
 from mispo.algorithm.loss import mispo_loss
@@ -154,6 +155,7 @@ def main() -> None:
         "critic": full_weights(critic, critic.module.critic),
         "states": actor.states.read() if actor.updates else {},
         "calls": len(calls),
+        "leaves": sum(z3_leaf_module(part) for part in actor.module.modules()),
         "stop": (actor.updates, critic.updates),
     }
     if "--save" in flags:
