@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +25,9 @@ from mispo.config.load import (
     save_config,
 )
 from mispo.config.schema import MispoConfig
+from mispo.failure import rank, say, say_bad_input, say_failure
 from mispo.interrupt import exit_at_once
+from mispo.monitor.files import replacing
 
 if TYPE_CHECKING:
     from mispo.run import Run
@@ -45,14 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `mispo` command; exits with 0, 1 (run failed), 2 (bad input) or 130 (Ctrl-C)."""
     parser = _parser()
     options, extra = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    # The `deepspeed` launcher adds this one to every command.
-    unknown = [argument for argument in extra if argument.startswith("-") and not argument.startswith("--local_rank")]
+    unknown = [argument for argument in extra if argument.startswith("-")]
     if unknown:
         parser.error(f"unknown option {unknown[0]}; settings are given as key=value")
+    if extra and options.command is not _train:
+        parser.error(f"unknown argument {extra[0]}")
+    if extra:
+        options.overrides += extra  # argparse gives up on settings that follow an option
     try:
         sys.exit(options.command(options))
     except ValueError as error:
-        _fail(error)
+        say_bad_input(error)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         "--replay", nargs="+", metavar="FILE", help="train on RUN/rollouts/step_N.parquet, one step each"
     )
     train.add_argument("--config-dir", type=Path, metavar="DIR", help="your own recipes: DIR/recipe/NAME.yaml")
+    for where in (parser, train):
+        # The `deepspeed` launcher adds it, before the command; what counts is the environment.
+        where.add_argument("--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     train.set_defaults(command=_train)
     report = commands.add_parser("report", help="write report.html and curve.png of a run again")
     report.add_argument("run", type=Path, metavar="RUN")
@@ -100,9 +108,10 @@ def _train(options: argparse.Namespace) -> int:
         check_config(config)
     resume = options.resume is not None or _is_the_same_run(directory, config, replay=bool(files))
     if options.dry_run:
-        from mispo.plan import print_plan
+        if rank() == 0:
+            from mispo.plan import print_plan
 
-        print_plan(config, directory)
+            print_plan(config, directory)
         return 0
     _prepare(directory, config, resume=resume)
     return _run(config, directory, resume=resume, replay=files)
@@ -150,11 +159,13 @@ def _is_the_same_run(directory: Path, config: MispoConfig, *, replay: bool) -> b
 
 def _prepare(directory: Path, config: MispoConfig, *, resume: bool) -> None:
     """Create the run directory and write config.yaml, on the first rank."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    if rank() != 0:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory / "config.yaml")
+        with replacing(directory / "config.yaml") as temporary:  # other ranks may be reading it
+            save_config(config, temporary)
+        (directory / "error.txt").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"run_dir: cannot write to {directory} ({error.strerror}); give another run_dir") from error
 
@@ -179,7 +190,8 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence
             run.close(130)
         elif not resume:
             _remove_if_unused(directory)
-        _say(_interrupted(run, directory))
+        if rank() == 0:
+            say(_interrupted(run, directory))
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         if run:
@@ -188,25 +200,14 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence
             if run is None and not resume:
                 _remove_if_unused(directory)
             raise
-        _say(f"error: {error}\n{_keep_trace(directory)}")
-        if run and run.last_checkpoint:
-            _say(f"The last checkpoint is {run.last_checkpoint.name}; continue with: mispo train --resume {directory}")
+        say_failure(error, run.directory if run else directory, run.last_checkpoint if run else None)
         return 1
-
-
-def _keep_trace(directory: Path) -> str:
-    trace, path = traceback.format_exc(), directory / "error.txt"
-    try:
-        path.write_text(trace)
-    except OSError:  # the very disk may be the error
-        return trace
-    return f"The full trace is in {path}."
 
 
 def _remove_if_unused(directory: Path) -> None:
     """A run that never began leaves no directory behind, unless there was something in it before."""
     ours = {"config.yaml", "reference"}
-    if int(os.environ.get("RANK", "0")) == 0 and {path.name for path in directory.iterdir()} <= ours:
+    if rank() == 0 and {path.name for path in directory.iterdir()} <= ours:
         shutil.rmtree(directory)
 
 
@@ -261,7 +262,7 @@ def _sweep(options: argparse.Namespace) -> int:
     for number, job in enumerate(jobs):
         directory = parent / str(number)
         plain = [item for item in job if not item.startswith("run_dir=")]
-        _say(f"[{number + 1}/{len(jobs)}] {' '.join(plain)} → {directory}")
+        say(f"[{number + 1}/{len(jobs)}] {' '.join(plain)} → {directory}")
         command = [sys.executable, "-P", "-m", "mispo.cli", "train", *plain, f"run_dir={directory}"]
         if options.config_dir:
             command += ["--config-dir", str(options.config_dir)]
@@ -271,7 +272,7 @@ def _sweep(options: argparse.Namespace) -> int:
         if status:
             failed.append(str(directory))
     if failed:
-        _say(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
+        say(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -288,22 +289,12 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 def _report(options: argparse.Namespace) -> int:
     from mispo.monitor.report import write_report
 
-    _say(str(write_report(options.run)))
+    say(str(write_report(options.run)))
     return 0
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _fail(error: ValueError) -> NoReturn:
-    for line in str(error).splitlines():
-        _say(f"error: {line}")
-    sys.exit(2)
 
 
 if __name__ == "__main__":

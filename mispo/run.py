@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ from rollouts.worker import RolloutWorker, request_seed
 
 RANDOM_CHOICES = ("actor", "critic", "filter")
 """What a step decides by chance, apart from sampling."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSError names the path, whatever the libraries below have to say; their own sentences are left as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"cannot write {path}: {error}; mend that, then continue") from error
 
 
 @dataclass
@@ -133,7 +145,8 @@ class Run:
             self.score = measured.get(f"eval/{self.evaluator.task}/greedy")
             metrics |= measured | {"timing_s/eval": time.perf_counter() - start}
             if self.ranks.first:
-                save_samples(self.directory / "samples_after.jsonl", sample_rows(traces, self.config.eval.traces))
+                with writing(self.directory / "samples_after.jsonl"):
+                    save_samples(self.directory / "samples_after.jsonl", sample_rows(traces, self.config.eval.traces))
             if measured and self.printer:
                 self.printer.eval(step, measured)
         self._log(step, metrics)
@@ -172,7 +185,8 @@ class Run:
             columns["target_mean"] = segment_mean(record.targets_N, offsets_B1).tolist()
             columns["bootstrap"] = record.values.bootstrap_B.tolist()
         path = self.directory / "rollouts" / f"step_{step}{suffix}.parquet"
-        save_rollouts(path, record.trajectories, columns)
+        with writing(path):
+            save_rollouts(path, record.trajectories, columns)
 
     def throughput(self, batch: Batch, seconds: float) -> dict[str, float]:
         """Generated tokens of all ranks per second of the whole step, and the memory high-water mark."""
@@ -181,25 +195,26 @@ class Run:
 
     def checkpoint(self, step: int) -> None:
         """Everything that a resumed run needs."""
-        self.last_checkpoint = save_checkpoint(
-            self.directory / "checkpoints",
-            progress=Progress(
-                step=step,
-                cursor=self.data.stream.cursor,
-                actor_updates=self.actor.updates,
-                critic_updates=self.critic.updates if self.critic else 0,
-                wandb_id=self.wandb_id,
-                filter_state=self.method.filter.state(),
-                alarms_seen=self.alarms.seen,
-                score=self.score,
-            ),
-            actor=self.actor,
-            critic=self.critic,
-            tokenizer=self.tokenizer,
-            sync=self.sync,
-            keep_last=self.config.checkpoint.keep_last,
-            keep_best=self.config.checkpoint.keep_best,
-        )
+        with writing(self.directory / "checkpoints" / f"step_{step}"):
+            self.last_checkpoint = save_checkpoint(
+                self.directory / "checkpoints",
+                progress=Progress(
+                    step=step,
+                    cursor=self.data.stream.cursor,
+                    actor_updates=self.actor.updates,
+                    critic_updates=self.critic.updates if self.critic else 0,
+                    wandb_id=self.wandb_id,
+                    filter_state=self.method.filter.state(),
+                    alarms_seen=self.alarms.seen,
+                    score=self.score,
+                ),
+                actor=self.actor,
+                critic=self.critic,
+                tokenizer=self.tokenizer,
+                sync=self.sync,
+                keep_last=self.config.checkpoint.keep_last,
+                keep_best=self.config.checkpoint.keep_best,
+            )
 
     def stop_if_asked(self, step: int, cursor: int | None = None) -> None:
         """KeyboardInterrupt on every rank, after a checkpoint of `step`, if a signal has come to any of them.
@@ -224,7 +239,8 @@ class Run:
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.tracker:
-            self.tracker.log(step, metrics)
+            with writing(self.directory / "metrics.jsonl"):
+                self.tracker.log(step, metrics)
 
     def _notes(self, references: dict[str, float]) -> list[str]:
         notes = []

@@ -168,7 +168,7 @@ class TrainEngine:
 
 def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
     """Start the process group, with one DeepSpeed plugin for each of the two models."""
-    prepare_environment()
+    prepare_environment(config)
     for name in ("DeepSpeed", "accelerate.accelerator"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.

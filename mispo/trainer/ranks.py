@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mispo.config.schema import TrainerConfig
+
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -98,10 +100,44 @@ def max_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def prepare_environment() -> None:
-    """Fill in what launchers set, so that one process alone starts the same way."""
+def prepare_environment(config: TrainerConfig) -> None:
+    """Fill in what launchers set, so that one process alone starts the same way.
+
+    ValueError where `accelerate launch` was told something else than this config: accelerate would obey or ignore it
+    silently.
+    """
     if "WORLD_SIZE" not in os.environ:
+        if "ACCELERATE_USE_CPU" in os.environ:  # only the plain `accelerate launch` sets it
+            raise ValueError(
+                "accelerate launch: it has started a single process without DeepSpeed, whatever --num_processes says; "
+                "add --use_deepspeed (on CPU too)"
+            )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for name, (field, agreed) in _decided(config).items():
+        told = os.environ.get(f"ACCELERATE_{name}", "auto")
+        if told.lower() not in ("auto", agreed):
+            raise ValueError(
+                f"{field}: ACCELERATE_{name}={told} (an option of accelerate launch, its config file, or the "
+                f"environment) contradicts it; {field} alone decides: set that, and leave the other out or at {agreed}"
+            )
+    # All of them agree now; accelerate objects to a config file that names any beside our own DeepSpeed JSON.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+
+
+def _decided(config: TrainerConfig) -> dict[str, tuple[str, str]]:
+    """What accelerate passes to its processes in ACCELERATE_…: the field that decides it, and what agrees with that."""
+    hosted = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "parameters": ("cpu", "cpu")}[config.offload]
+    return {
+        "MIXED_PRECISION": ("trainer.dtype", "no"),
+        "GRADIENT_ACCUMULATION_STEPS": ("trainer.tokens_per_microbatch", "1"),
+        "GRADIENT_CLIPPING": ("trainer.max_grad_norm", str(config.max_grad_norm)),
+        "DEEPSPEED_ZERO_STAGE": ("trainer.zero_stage", str(config.zero_stage)),
+        "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("trainer.offload", hosted[0]),
+        "DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("trainer.offload", hosted[1]),
+        "DEEPSPEED_CONFIG_FILE": ("trainer.deepspeed", "none"),
+        "USE_FSDP": ("trainer.zero_stage", "false"),
+        "USE_MEGATRON_LM": ("trainer.zero_stage", "false"),
+    }
