@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -137,6 +138,51 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight: Path, tmp_path: P
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     done = mispo("train", *MICRO, f"run_dir={run}", *LONG, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_rank_that_is_killed_ends_the_run_with_that_cause_and_it_goes_on(tmp_path: Path, victim: str) -> None:
+    """kill −9, as the kernel does when memory is full, after a checkpoint; whichever rank is left says how to go on."""
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = start(run, "trainer.steps=500", "checkpoint.every=1", "trainer.zero_stage=2", launcher=launcher)
+    wait_for_rows(process, run, 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    next(c for c in children if "mispo.cli" in c.cmdline() and c.environ()["RANK"] == victim).kill()
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert len(re.findall("error: another rank has died or is out of reach", said)) == 1
+    assert re.search(rf"rank +: {victim} \(local_rank: {victim}\)\n +exitcode +: -9", said), (
+        "the launcher's lines name it"
+    )
+    last = int(os.readlink(run / "checkpoints/latest").removeprefix("step_"))
+    assert re.search(rf"The last checkpoint is step_\d+; continue with: mispo train --resume {run}\n", said)
+    rows = train(run, f"trainer.steps={last + 1}", ranks=2, resume=True)
+    assert [row["step"] for row in rows] == list(range(last + 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("rollouts", r"step_\d+\.parquet"), ("checkpoints", r"step_\d+")], ids=lambda text: text[:8]
+)
+def test_a_directory_that_turns_into_a_file_ends_the_run_with_its_path_and_the_run_goes_on_once_it_is_back(
+    straight: Path, tmp_path: Path, name: str, file: str
+) -> None:
+    """In place of one that has become read-only, which would not stop root."""
+    run = tmp_path / "run"
+    process = start(run, *LONG)
+    wait_for(process, run / "checkpoints/latest")
+    (run / name).rename(tmp_path / "aside")
+    (run / name).write_text("in the way")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert re.search(rf"^error: cannot write {run}/{name}/{file}: .*; mend that, then continue$", said, re.M), said
+    assert f"The last checkpoint is step_3; continue with: mispo train --resume {run}" in said
+    (run / name).unlink()
+    (tmp_path / "aside").rename(run / name)
+    done = mispo("train", "--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(run, straight)
 

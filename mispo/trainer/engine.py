@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,8 @@ def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
     prepare_environment(config)
     for name in ("DeepSpeed", "accelerate.accelerator"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed's calls, on every rank; nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
