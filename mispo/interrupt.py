@@ -26,14 +26,19 @@ class Interrupt:
         self._received: set[int] = set()
         self._breakable = False
         self._talks = False
+        self._echoes = False
 
     @property
     def asked(self) -> bool:
         return bool(self._received)
 
-    def arm(self, *, talks: bool) -> None:
-        """From now on signals ask; before, they raise KeyboardInterrupt. talks: whether this rank says so."""
-        self._talks = talks
+    def arm(self, *, talks: bool, launched: bool = False) -> None:
+        """From now on signals ask; before, they raise KeyboardInterrupt.
+
+        talks: whether this rank says so. launched: by a launcher, which passes a SIGTERM on that Slurm may have sent to
+        this process as well: a second one is then an echo. Launchers kill what does not end.
+        """
+        self._talks, self._echoes = talks, launched
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
@@ -52,6 +57,8 @@ class Interrupt:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Of the same kind: launchers send SIGTERM after the terminal's Ctrl-C.
         if number in self._received:
+            if self._echoes and number == signal.SIGTERM:
+                return
             raise KeyboardInterrupt
         if self._talks and not self.asked:
             os.write(2, NOTICE)

@@ -54,7 +54,7 @@ def train(run: Run) -> None:
         run.sync.publish()
         run.report_baseline()
         pretrain_critic(run)
-    run.interrupt.arm(talks=run.ranks.first)
+    run.interrupt.arm(talks=run.ranks.first, launched=run.ranks.size > 1)
     for step in range(run.start_step + 1, run.config.trainer.steps + 1):
         train_step(run, step)
 

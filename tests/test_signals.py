@@ -29,6 +29,17 @@ def test_the_first_signal_only_asks_and_the_second_of_its_kind_ends(interrupt: I
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_under_a_launcher_a_second_sigterm_is_an_echo_of_the_first(interrupt: Interrupt) -> None:
+    """Slurm signals every process of a job, and torchrun, one of them, passes it on."""
+    interrupt.arm(talks=False, launched=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupt.asked
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_breakable_block_is_left_at_once_and_what_follows_goes_on(interrupt: Interrupt) -> None:
     reached = []
     with interrupt.breakable():
