@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,33 @@ def test_bad_input_is_one_clear_line(
     assert words in said
     assert "Traceback" not in said
     assert not list(tmp_path.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--local_rank=1", "train", "trainer.stepps=1"],
+        ["--local_rank", "1", "train", "trainer.stepps=1"],
+        ["train", "seed=1", "--local-rank", "1", "trainer.stepps=1"],
+        ["train", "seed=1", "--dry-run", "trainer.stepps=1"],
+    ],
+)
+def test_settings_after_an_option_and_what_launchers_add(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert "error: trainer.stepps: no such key" in refused(capsys, *arguments)
+
+
+def test_another_rank_keeps_bad_input_back_and_then_names_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank, had it the same, would have said so, and the launcher would have ended this one."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("mispo.failure.PATIENCE_S", 0.01)
+    assert refused(capsys, "train", "trainer.stepps=1").startswith("rank 3: error: trainer.stepps: no such key")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_sweep_under_a_launcher_is_refused(

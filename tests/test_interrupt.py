@@ -165,7 +165,9 @@ def test_a_rank_that_is_killed_ends_the_run_with_that_cause_and_it_goes_on(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("rollouts", r"step_\d+\.parquet"), ("checkpoints", r"step_\d+")], ids=lambda text: text[:8]
+    ("name", "file"),
+    [("rollouts", r"step_\d+\.parquet"), ("checkpoints", r"step_\d+")],
+    ids=lambda text: text.split("_")[0],
 )
 def test_a_directory_that_turns_into_a_file_ends_the_run_with_its_path_and_the_run_goes_on_once_it_is_back(
     straight: Path, tmp_path: Path, name: str, file: str
