@@ -1,0 +1,104 @@
+"""Model FLOPs of a forward, counted on the model itself, and what the card could do: together MFU.
+
+Counted are the products that the model needs: no padding, no recomputation, of the experts those that a token goes
+through. Forward and backward of an update are three forwards.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+PEAKS = (
+    (r"GH200|H200 NVL", None),
+    (r"H200", 989e12),
+    (r"H100 PCIe", 756e12),
+    (r"H100 NVL", 835e12),
+    (r"H100", 989e12),
+    (r"A100", 312e12),
+    (r"L40S", 362e12),
+)
+"""Names of cards and their dense bf16 peak, FLOPs per second (NVIDIA's data sheets); the first that matches counts."""
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """parameters: that a token is multiplied with. attention: per layer that attends, heads × head size and the window
+    in tokens (None: everything before)."""
+
+    parameters: int
+    attention: tuple[tuple[int, int | None], ...]
+
+    def per_token(self, length: float) -> float:
+        """FLOPs of a forward per token, mean over a causal sequence of `length` tokens."""
+        attended = sum(width * mean_keys(length, window) for width, window in self.attention)
+        return 2.0 * self.parameters + 4.0 * attended
+
+
+def flops_per_token(config: PreTrainedConfig, length: float) -> float:
+    """FLOPs of a forward per token, mean over a causal sequence of `length` tokens: 2 × active parameters + attention.
+
+    An update's forward and backward are 3 times that. Builds the model without memory each time, which takes a moment
+    for a large one: hold on to `forward_flops(config)` where it is asked at every step.
+    """
+    return forward_flops(config).per_token(length)
+
+
+def forward_flops(config: PreTrainedConfig) -> ForwardFlops:
+    """Count on a causal LM of this configuration, built on the meta device (so any architecture that
+    `AutoModelForCausalLM` knows is counted as it is, shared experts, dense layers and all; Step after `import model`).
+
+    Matrices only: norms and biases multiply nothing. The embedding table is looked up, not multiplied, unless it is
+    the output's too.
+    """
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
+    top_k = getattr(text, "num_experts_per_tok", None)
+    table = model.get_input_embeddings().weight
+    looked_up = table is not model.get_output_embeddings().weight
+    active = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or (looked_up and parameter is table):
+            continue
+        experts = _experts(model, name, parameter)
+        active += parameter.numel() if experts is None else parameter.numel() // experts * int(top_k)
+    return ForwardFlops(active, _attention(model, text))
+
+
+def mean_keys(length: float, window: int | None) -> float:
+    """How many keys a token attends to, itself included, mean over a causal sequence of `length` tokens."""
+    if window is None or length <= window:
+        return (length + 1) / 2
+    return window - window * (window - 1) / (2 * length)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOPs per second of a card by the name that CUDA gives it; None for one that is not in the table."""
+    return next((peak for pattern, peak in PEAKS if re.search(rf"\b({pattern})\b", device_name)), None)
+
+
+def _experts(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> int | None:
+    """Among how many experts a parameter is split; None for one that every token goes through."""
+    before, found, _ = name.rpartition(".experts.")
+    if not found:
+        return None
+    module = model.get_submodule(f"{before}.experts")
+    return len(module) if isinstance(module, nn.ModuleList) else parameter.shape[0]
+
+
+def _attention(model: PreTrainedModel, text: Any) -> tuple[tuple[int, int | None], ...]:
+    """From the output projection of each layer that has one; by the names that transformers gives nearly all models."""
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    found: list[tuple[int, int | None]] = []
+    for module in model.modules():
+        if isinstance(getattr(module, "o_proj", None), nn.Linear):
+            slides = window is not None and (kinds is None or kinds[module.layer_idx] == "sliding_attention")
+            found.append((module.o_proj.in_features, window if slides else None))
+    return tuple(found)
