@@ -32,6 +32,7 @@ from mispo.models import (
 )
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
+from mispo.monitor.flops import count_flops
 from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
 from mispo.replay import replayed
@@ -89,6 +90,8 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
         critic = None if shared else build_critic(policy, tokenizer, config, checkpoint)
         reference = build_reference(policy, tokenizer, config, directory, ranks, dtype, resume=checkpoint is not None)
         engine = None if replay else build_rollout_engine(policy, tokenizer, config, ranks)
+        # Now: adapters and ZeRO-3 change the shapes of the weights.
+        flops = {"actor": count_flops(policy)} | ({"critic": count_flops(critic.backbone)} if critic else {})
         if config.model.lora.rank:
             if checkpoint is None and ranks.first:
                 keep_base(policy, tokenizer, config, directory)
@@ -110,6 +113,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             ),
             CriticModule(critic, dtype) if critic else None,
             config.trainer,
+            flops,
         )
         sync: WeightSync | NoSync = NoSync()
         worker = None
@@ -132,6 +136,8 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 seed=config.seed,
             )
         _rehearse(actor_engine, critic_engine, config, layout, vocabulary, say)
+        for trained in filter(None, (actor_engine, critic_engine)):
+            trained.flops.take()
         if progress and checkpoint:
             assert isinstance(sync, WeightSync), "a replay is not resumed"
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)

@@ -23,6 +23,7 @@ from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
 from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
+from mispo.share_out import share_out
 from mispo.step_metrics import StepRecord, step_metrics
 from mispo.trainer.batch import Batch, pack
 from mispo.trainer.engine import Update
@@ -66,7 +67,7 @@ def train_step(run: Run, step: int) -> None:
         trajectories, collected = run.collect(run, step, timer)
         run.stop_if_asked(step - 1, cursor)
         with timer("score"):
-            batch = pack_step(run, trajectories)
+            batch, trajectories, shared = pack_step(run, trajectories)
             policy, values, reference_N = score(run, batch)
         run.stop_if_asked(step - 1, cursor)
         advantages_N, targets_N, included_N = judge(run, batch, values)
@@ -98,8 +99,8 @@ def train_step(run: Run, step: int) -> None:
         num_experts=run.num_experts,
         reward_range=run.reward_range,
     )
-    metrics |= collected | synced | timer.seconds
-    metrics |= run.throughput(batch, timer.seconds["timing_s/step"])
+    metrics |= collected | shared | synced | timer.seconds
+    metrics |= run.throughput(batch, timer.seconds)
     run.report_step(step, metrics)
     stop = run.check_alarms(metrics)
     if stop or run.due(run.config.checkpoint.every, step):
@@ -109,16 +110,18 @@ def train_step(run: Run, step: int) -> None:
     run.stop_if_asked(step)
 
 
-def pack_step(run: Run, trajectories: list[Trajectory]) -> Batch:
-    """Flat tensors, numbered through over all ranks."""
-    rollout = run.config.rollout
-    return pack(
-        trajectories,
+def pack_step(run: Run, trajectories: list[Trajectory]) -> tuple[Batch, list[Trajectory], dict[str, float]]:
+    """Equal work for all ranks, then flat tensors; with this rank's trajectories from now on, and metrics."""
+    prompts, each = run.config.rollout.prompts_per_step, run.config.rollout.samples_per_prompt
+    mine, positions_B, metrics = share_out(run.ranks, trajectories, prompts, each, run.actor.flops.of)
+    batch = pack(
+        mine,
         truncation=run.config.algorithm.truncation,
-        first=run.ranks.share(rollout.prompts_per_step).start * rollout.samples_per_prompt,
-        total=rollout.prompts_per_step * rollout.samples_per_prompt,
+        positions_B=positions_B,
+        total=prompts * each,
         penalty=run.overlong_penalty,
     )
+    return batch, mine, metrics
 
 
 def score(run: Run, batch: Batch) -> tuple[PolicyScores, Values | None, Tensor | None]:
@@ -215,7 +218,7 @@ def pretrain_critic(run: Run) -> None:
     for number in range(run.config.critic.pretrain_steps):
         # Steps before the first one, so that they share no seed with any.
         step = number - run.config.critic.pretrain_steps
-        batch = pack_step(run, run.collect(run, step, Timer(run.watchdog))[0])
+        batch, *_ = pack_step(run, run.collect(run, step, Timer(run.watchdog))[0])
         values = score_values(run.critic, batch, run.layout)
         targets_N = monte_carlo(batch.rewards_B, batch.offsets_B1, run.config.algorithm.gamma)
         finished_N = (batch.included_B & ~batch.truncated_B)[owner_of(batch.offsets_B1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mispo.collect import Phases
 from mispo.config.schema import MispoConfig
-from mispo.monitor.records import load_rollouts
+from mispo.monitor.records import load_positions, load_rollouts
 from mispo.run import Run
 from rollouts.trajectory import Trajectory
 
@@ -57,7 +57,11 @@ def load_step(path: Path) -> list[Trajectory]:
     parts = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"), key=_rank)
     if not parts:
         raise ValueError(f"--replay: no such file {str(path)!r}; give RUN/rollouts/step_N.parquet")
-    return [trajectory for part in parts for trajectory in load_rollouts(part)]
+    if len(parts) == 1:
+        return load_rollouts(parts[0])
+    # Ranks have moved prompts among themselves.
+    numbered = [pair for part in parts for pair in zip(load_positions(part), load_rollouts(part), strict=True)]
+    return [trajectory for _, trajectory in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def _rank(path: Path) -> int:

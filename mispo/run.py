@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from mispo.algorithm.objective import Samples
@@ -23,6 +25,7 @@ from mispo.method import Method
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, eval_line
 from mispo.monitor.files import replacing
+from mispo.monitor.flops import peak_flops
 from mispo.monitor.records import save_rollouts, save_samples
 from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
@@ -177,6 +180,7 @@ class Run:
         suffix = "" if self.ranks.size == 1 else f".rank{self.ranks.rank}"
         offsets_B1 = record.batch.offsets_B1
         columns = {
+            "position": record.batch.position_B.tolist(),
             "advantage_mean": segment_mean(samples.advantages, offsets_B1).tolist(),
             "log_rho": record.selection.log_rho_B.tolist(),
             "multiplicity": record.selection.multiplicity_B.tolist(),
@@ -188,10 +192,27 @@ class Run:
         with writing(path):
             save_rollouts(path, record.trajectories, columns)
 
-    def throughput(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """Generated tokens of all ranks per second of the whole step, and the memory high-water mark."""
+    def throughput(self, batch: Batch, seconds: dict[str, float]) -> dict[str, float]:
+        """Generated tokens of all ranks per second of the whole step, the memory high-water mark, and what the trainer
+        computes: model FLOPs per second and rank while it scores and learns, and their share of the card's peak."""
         tokens = self.ranks.count(int(batch.offsets_B1[-1]))
-        return {"perf/tokens_per_s": tokens / seconds, "perf/max_memory_gb": max_memory_gb(self.ranks.device)}
+        flops = self.ranks.sum(torch.tensor(sum(e.flops.take() for e in (self.actor, self.critic) if e))).item()
+        busy = sum(seconds.get(f"timing_s/{phase}", 0.0) for phase in ("score", "critic", "actor"))
+        each = flops / busy / self.ranks.size
+        metrics = {
+            "perf/tokens_per_s": tokens / seconds["timing_s/step"],
+            "perf/max_memory_gb": max_memory_gb(self.ranks.device),
+            "perf/tflops": each / 1e12,
+        }
+        if self.peak_flops:
+            metrics["perf/mfu"] = each / self.peak_flops
+        return metrics
+
+    @cached_property
+    def peak_flops(self) -> float | None:
+        """Of this rank's device in bf16; None for one that is not known, as a CPU."""
+        device = self.ranks.device
+        return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def checkpoint(self, step: int) -> None:
         """Everything that a resumed run needs."""

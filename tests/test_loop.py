@@ -203,6 +203,7 @@ def test_precisions_of_a_gpu_on_cpu(tmp_path: Path, trainer: str, rollout: str, 
 def test_two_ranks_run_the_same_first_step_as_one(straight: Path, tmp_path: Path, stage: int) -> None:
     rows = train(tmp_path / "two", "trainer.steps=1", f"trainer.zero_stage={stage}", ranks=2)
     one = rows_of(straight)[1]
+    assert 0.9 < rows[1]["perf/balance"] <= 1
     for key in ("reward/mean", "response_length/mean", "actor/updates", "critic/updates", "moe/dead_experts"):
         assert rows[1][key] == one[key], key
     for key in ("actor/loss", "actor/grad_norm", "actor/entropy", "critic/loss", "moe/confidence/mean"):

@@ -7,6 +7,7 @@ through. Forward and backward of an update are three forwards.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +57,16 @@ def forward_flops(config: PreTrainedConfig) -> ForwardFlops:
     Matrices only: norms and biases multiply nothing. The embedding table is looked up, not multiplied, unless it is
     the output's too.
     """
-    text = config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
+        return count_flops(AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.float32))
+
+
+def count_flops(model: PreTrainedModel) -> ForwardFlops:
+    """The same of a model that is there, with or without an output head; before adapters or ZeRO-3 change shapes."""
+    text = model.config.get_text_config()
     top_k = getattr(text, "num_experts_per_tok", None)
-    table = model.get_input_embeddings().weight
-    looked_up = table is not model.get_output_embeddings().weight
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    looked_up = head is None or table is not head.weight
     active = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or (looked_up and parameter is table):
@@ -69,6 +74,31 @@ def forward_flops(config: PreTrainedConfig) -> ForwardFlops:
         experts = _experts(model, name, parameter)
         active += parameter.numel() if experts is None else parameter.numel() // experts * int(top_k)
     return ForwardFlops(active, _attention(model, text))
+
+
+class FlopCounter:
+    """FLOPs of an engine's forwards and backwards since the last look.
+
+    backward: of a backward pass, in forwards: 2; 1 where the weights are frozen.
+    """
+
+    def __init__(self, forward: ForwardFlops, backward: float = 2.0) -> None:
+        self.forward = forward
+        self.backward = backward
+        self._sum = 0.0
+
+    def of(self, length: int) -> float:
+        """A forward over one trajectory of so many tokens."""
+        return length * self.forward.per_token(length)
+
+    def add(self, lengths: Sequence[int], *, backward: bool) -> None:
+        """A forward over trajectories of these lengths; backward: which is followed by the other one."""
+        self._sum += (1.0 + self.backward * backward) * sum(self.of(length) for length in lengths)
+
+    def take(self) -> float:
+        """What was counted; it begins anew."""
+        total, self._sum = self._sum, 0.0
+        return total
 
 
 def mean_keys(length: float, window: int | None) -> float:

@@ -70,6 +70,11 @@ def load_rollouts(path: Path) -> list[Trajectory]:
         raise ValueError(f"{path} does not read as rollouts of this version of mispo ({reason})") from error
 
 
+def load_positions(path: Path) -> list[int]:
+    """The number of each trajectory of a rollouts file within its step, over all ranks."""
+    return pq.read_table(path, columns=["position"])["position"].to_pylist()
+
+
 def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     prompt_ids, completion_ids = (
         torch.tensor(row[name], dtype=torch.int64) for name in ("prompt_ids", "completion_ids")

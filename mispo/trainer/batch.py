@@ -69,11 +69,11 @@ def pack(
     trajectories: Sequence[Trajectory],
     *,
     truncation: str,
-    first: int,
+    positions_B: Tensor,
     total: int,
     penalty: Callable[[int], float] = lambda length: 0.0,
 ) -> Batch:
-    """Lay this rank's trajectories out flat; they are numbers first, first+1, … of `total` in the step.
+    """Lay this rank's trajectories out flat; positions_B are their numbers among the `total` of the step.
 
     penalty: of a completion's number of tokens.
     """
@@ -92,7 +92,7 @@ def pack(
         penalties_B=torch.tensor([penalty(len(t)) for t in trajectories], dtype=torch.float32),
         truncated_B=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
         included_B=~torch.tensor(left_out, dtype=torch.bool),
-        position_B=torch.arange(first, first + len(trajectories)),
+        position_B=positions_B,
         total=total,
     )
 
@@ -158,11 +158,13 @@ class Layout:
         targets = padded[rows, following]
         if not self.packed:
             # Nothing real ever sees what is on its right: causal attention needs no mask for the padding.
-            return ModelInput(*(t.to(device) for t in (padded, rows, at, targets)), positions=None)
+            real = (t.to(device) for t in (padded, rows, at, targets))
+            return ModelInput(*real, positions=None, lengths=tuple(lengths.tolist()))
         starts = offsets_of(lengths)[:-1]
         positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
         flat = (torch.cat(ids)[None], torch.zeros_like(rows), starts[rows] + at, targets)
-        return ModelInput(*(t.to(device) for t in flat), positions=positions.to(device))
+        real = (t.to(device) for t in flat)
+        return ModelInput(*real, positions=positions.to(device), lengths=tuple(lengths.tolist()))
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class ModelInput:
     """ids [b, S]; where to read, in flat token order: rows [n], columns [n], and the tokens that follow: targets [n].
 
     positions [1, S]: of packed trajectories, 0 where one begins; by them transformers keeps them apart in attention,
-    windows included. None: each row is one trajectory.
+    windows included. None: each row is one trajectory. lengths: of the trajectories, in tokens.
     """
 
     ids: Tensor
@@ -178,3 +180,4 @@ class ModelInput:
     columns: Tensor
     targets: Tensor
     positions: Tensor | None
+    lengths: tuple[int, ...]

@@ -157,7 +157,7 @@ def _zero_loss(engine: TrainEngine) -> Tensor:
     """0, with a gradient of 0 for every parameter."""
     ids = torch.zeros((1, 1), dtype=torch.int64, device=engine.ranks.device)
     none = torch.empty(0, dtype=torch.int64, device=engine.ranks.device)
-    x = ModelInput(ids, none, none, none, positions=None)
+    x = ModelInput(ids, none, none, none, positions=None, lengths=(1,))
     outputs = engine.forward(x, 1.0) if engine.name == "actor" else (engine.forward(x),)
     return sum(output.sum() for output in outputs if output is not None) * 0
 

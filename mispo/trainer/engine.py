@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mispo.config.schema import TrainerConfig
+from mispo.monitor.flops import FlopCounter, ForwardFlops
+from mispo.trainer.batch import ModelInput
 from mispo.trainer.optimizer import OptimizerStates, build_optimizer
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
 from model.lora import has_lora
@@ -58,17 +60,26 @@ class Update:
 class TrainEngine:
     """A module with its optimizer under DeepSpeed.
 
-    lr rises linearly over the first `warmup` updates, then stays. `updates` counts the applied ones.
+    lr rises linearly over the first `warmup` updates, then stays. `updates` counts the applied ones, `flops` what is
+    computed.
     """
 
     def __init__(
-        self, name: str, engine: DeepSpeedEngine, ranks: Ranks, lr: float, warmup: int, config: TrainerConfig
+        self,
+        name: str,
+        engine: DeepSpeedEngine,
+        ranks: Ranks,
+        lr: float,
+        warmup: int,
+        config: TrainerConfig,
+        flops: FlopCounter,
     ) -> None:
         self.name = name
         self.engine = engine
         self.ranks = ranks
         self.lr = lr
         self.warmup = warmup
+        self.flops = flops
         self.max_skipped = config.max_skipped_updates
         self.states = OptimizerStates(engine, ranks)
         self.updates = 0
@@ -80,9 +91,10 @@ class TrainEngine:
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, x: ModelInput, *args: Any) -> Any:
         """The module's forward, through DeepSpeed."""
-        return self.engine(*args)
+        self.flops.add(x.lengths, backward=torch.is_grad_enabled())
+        return self.engine(x, *args)
 
     def eval(self) -> None:
         """Dropout off."""
@@ -190,9 +202,17 @@ def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
 
 
 def build_engines(
-    accelerator: Accelerator, ranks: Ranks, actor: nn.Module, critic: nn.Module | None, config: TrainerConfig
+    accelerator: Accelerator,
+    ranks: Ranks,
+    actor: nn.Module,
+    critic: nn.Module | None,
+    config: TrainerConfig,
+    flops: Mapping[str, ForwardFlops],
 ) -> tuple[TrainEngine, TrainEngine | None]:
-    """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed; some methods have no critic."""
+    """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed; some methods have no critic.
+
+    flops: of a forward of each, by name.
+    """
     engines: list[TrainEngine | None] = []
     for name, module, lr, warmup in (
         ("actor", actor, config.actor_lr, config.actor_warmup_updates),
@@ -206,7 +226,8 @@ def build_engines(
             gather_moe_layers_whole(module)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
         engine, _ = accelerator.prepare(module, build_optimizer(module, config))
-        engines.append(TrainEngine(name, engine, ranks, lr, warmup, config))
+        counter = FlopCounter(flops[name], backward=1.0 if has_lora(module) else 2.0)
+        engines.append(TrainEngine(name, engine, ranks, lr, warmup, config, counter))
     assert engines[0] is not None
     return engines[0], engines[1]
 

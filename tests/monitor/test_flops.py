@@ -3,7 +3,7 @@
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from mispo.monitor.flops import flops_per_token, forward_flops, mean_keys, peak_flops
+from mispo.monitor.flops import FlopCounter, ForwardFlops, flops_per_token, forward_flops, mean_keys, peak_flops
 from model.presets import preset_config
 
 DENSE = {
@@ -69,3 +69,15 @@ def test_mean_keys_are_those_of_a_causal_mask(length: int, window: int | None) -
 )
 def test_peak_is_that_of_the_named_card_or_unknown(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
+
+
+def test_a_counter_sums_forwards_and_backwards_and_begins_anew() -> None:
+    counter = FlopCounter(ForwardFlops(10, ((3, None),)))
+    one = 4 * (20 + 12 * 2.5)  # four tokens that see 2.5 keys on average
+    counter.add((4,), backward=False)
+    counter.add((4, 4), backward=True)
+    assert counter.take() == one + 3 * 2 * one
+    assert counter.take() == 0
+    frozen = FlopCounter(ForwardFlops(10, ()), backward=1.0)
+    frozen.add((5,), backward=True)
+    assert frozen.take() == 2 * 5 * 20

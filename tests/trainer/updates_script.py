@@ -16,6 +16,7 @@ from torch import Tensor
 from mispo.algorithm.loss import mispo_loss
 from mispo.algorithm.objective import Objective, Samples
 from mispo.config.schema import TrainerConfig
+from mispo.monitor.flops import count_flops
 from mispo.trainer.batch import Layout, pack
 from mispo.trainer.checkpoint import (
     Progress,
@@ -96,8 +97,9 @@ def main() -> None:
     if "--checkpointing" in flags:
         checkpoint_layers(policy, int(stage))
         checkpoint_layers(critic_model.backbone, int(stage))
+    flops = {"actor": count_flops(policy), "critic": count_flops(critic_model.backbone)}
     actor, critic = build_engines(
-        accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config
+        accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config, flops
     )
     engine = DeafEngine(copy, [1], 0, 4) if "--deaf" in flags else NativeEngine(copy, [1], 0, 4)
     if "--rehearse" in flags:
@@ -118,7 +120,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     everything = [trajectory(number, generator) for number in range(TRAJECTORIES)]
     mine = ranks.share(TRAJECTORIES)
-    batch = pack([everything[i] for i in mine], truncation="bootstrap", first=mine.start, total=TRAJECTORIES)
+    batch = pack(
+        [everything[i] for i in mine], truncation="bootstrap", positions_B=torch.tensor(list(mine)), total=TRAJECTORIES
+    )
     tokens = int(batch.offsets_B1[-1])
     included = torch.ones(tokens, dtype=torch.bool)
     advantages = torch.sin(batch.rollout_logprobs_N * 7)
