@@ -10,7 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mispo.config.load import changed_keys
 from mispo.config.objective import objective
@@ -76,21 +77,28 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
     with torch.device("meta"):
         model = StepForCausalLM(shape) if config.model.preset else AutoModelForCausalLM.from_config(shape)
     count = sum(parameter.numel() for parameter in model.parameters())
-    stage = config.trainer.zero_stage
-    weights, grads, adam = (bytes_ / (ranks if stage >= first else 1) for bytes_, first in ((4, 3), (4, 2), (8, 1)))
+    stage, rank = config.trainer.zero_stage, config.model.lora.rank
+    learning, states = _learning(model, config)
+    frozen = count * compute_dtype(config.trainer.dtype, device).itemsize if rank else 0
+    weights, grads, optimizer = (
+        bytes_ / (ranks if stage >= first else 1)
+        for bytes_, first in ((4 * learning + frozen, 3), (4 * learning, 2), (states, 1))
+    )
     rollout_bytes = compute_dtype(config.rollout.dtype, device).itemsize
     text = shape.get_text_config()
     tokens = config.trainer.tokens_per_microbatch
-    trained = (
-        ["actor", "critic"] if config.algorithm.advantage == "gae" and config.critic.kind == "separate" else ["actor"]
-    )
-    hosted = {"none": 0.0, "optimizer": adam, "parameters": adam + weights}[config.trainer.offload]
-    states = len(trained) * count * (weights + grads + adam - hosted)
+    separate = config.algorithm.advantage == "gae" and config.critic.kind == "separate"
+    trained = ["actor", "critic"] if separate else ["actor"]
+    hosted = {"none": 0.0, "optimizer": optimizer, "parameters": optimizer + weights}[config.trainer.offload]
+    on_device = len(trained) * (weights + grads + optimizer - hosted)
+    named = {"adamw": "Adam", "muon": "Muon"}[config.trainer.optimizer]
+    parts = f"fp32 weights, gradients, {named}" if not rank else f"frozen weights; adapters, gradients, {named}"
     reference = [("reference policy", f"{size(4 * count)} (algorithm.kl, a whole copy)")] if config.algorithm.kl else []
     return [
-        ("parameters", f"{count / 1e6:.2f} M{', and about as many again for the critic' if len(trained) > 1 else ''}"),
-        (" + ".join(trained), f"{size(states)} (fp32 weights, gradients, Adam)"),
-        *([("on the host", f"{size(len(trained) * count * hosted)} (trainer.offload)")] if hosted else []),
+        ("parameters", f"{count / 1e6:.2f} M{', and about as many again for the critic' if separate else ''}"),
+        *([("adapters", f"{learning / 1e6:.2f} M parameters per model (model.lora.rank {rank})")] if rank else []),
+        (" + ".join(trained), f"{size(on_device)} ({parts})"),
+        *([("on the host", f"{size(len(trained) * hosted)} (trainer.offload)")] if hosted else []),
         *reference,
         ("rollout copy", f"{size(count * rollout_bytes)}"),
         ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
@@ -99,6 +107,24 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         if config.rollout.staleness
         else ("old weights", "none"),
     ]  # fmt: skip
+
+
+def _learning(model: PreTrainedModel, config: MispoConfig) -> tuple[int, int]:
+    """Parameters that learn, and bytes of their optimizer's states."""
+    lora = config.model.lora
+    if lora.rank:
+        layers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            and (any(name.endswith(target) for target in lora.targets) if lora.targets else name != "lm_head")
+        ]
+        count = sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
+        return count, count * (4 if config.trainer.optimizer == "muon" else 8)
+    ends = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}
+    hidden = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in ends)
+    count = sum(p.numel() for p in model.parameters())
+    return count, 8 * count - (4 * hidden if config.trainer.optimizer == "muon" else 0)
 
 
 def size(count: float) -> str:

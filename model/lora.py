@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,19 +63,30 @@ def has_lora(module: nn.Module) -> bool:
     return any(PLACE in name for name, _ in module.named_parameters())
 
 
-def merged(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of the module without adapters, their products added to the layers, in the layers' precision.
+class MergedWeights(Mapping[str, Tensor]):
+    """The state_dict of a module without adapters, their products added to the layers, in the layers' precision.
 
-    weights: the module's whole tensors by name.
+    A layer is merged when it is read, so that there is never a second copy of the model. weights: the module's whole
+    tensors by name.
     """
-    plain: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if ".lora_A." in name or ".lora_B." in name:
-            continue
-        if name.endswith(f"{PLACE}weight"):
-            layer = name.removesuffix(f"{PLACE}weight")
-            a, b = (weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
-            scaling = module.get_submodule(layer).scaling["default"]
-            tensor = (tensor.float() + scaling * (b @ a).to(tensor.device)).to(tensor.dtype)
-        plain[name.replace(PLACE, ".")] = tensor
-    return plain
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+        self._module = module
+        self._names = {name.replace(PLACE, "."): name for name in weights if ".lora_" not in name}
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self._names[name]
+        tensor = self._weights[own]
+        if not own.endswith(f"{PLACE}weight"):
+            return tensor
+        layer = own.removesuffix(f"{PLACE}weight")
+        a, b = (self._weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+        scaling = self._module.get_submodule(layer).scaling["default"]
+        return (tensor.float() + scaling * (b @ a).to(tensor.device)).to(tensor.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -30,7 +30,7 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.weights import NoSync, WeightSync, full_weights
-from model.lora import has_lora, merged, trained
+from model.lora import MergedWeights, has_lora, trained
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def save_checkpoint(
     values = value_weights(actor, critic)
     moments = {e.name: e.states.read(keep=first) if e.updates else {} for e in (actor, critic) if e}
     if first:
-        policy = merged(actor.module.policy, raw)
+        policy = dict(MergedWeights(actor.module.policy, raw))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

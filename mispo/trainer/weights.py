@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.scoring import score_policy
-from model.lora import merged
+from model.lora import MergedWeights
 from rollouts.engine import Engine
 from rollouts.staleness import WeightHistory
 
@@ -31,9 +31,9 @@ def full_weights(engine: TrainEngine, module: nn.Module, *, keep: bool = True) -
     return weights
 
 
-def policy_weights(actor: TrainEngine) -> dict[str, Tensor]:
+def policy_weights(actor: TrainEngine) -> Mapping[str, Tensor]:
     """The policy's state_dict, adapters merged; every rank must call it."""
-    return merged(actor.module.policy, full_weights(actor, actor.module.policy))
+    return MergedWeights(actor.module.policy, full_weights(actor, actor.module.policy))
 
 
 class WeightSync:
@@ -104,7 +104,7 @@ class WeightSync:
         """What `restore` takes."""
         return self.history.snapshots, {v: self._expected[v] for v in self.history.versions}
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _weights(self) -> Mapping[str, Tensor]:
         return policy_weights(self.actor)
 
     def _expect(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.build import build_policy
-from model.lora import add_lora, has_lora, load_trained, merged, trained
+from model.lora import MergedWeights, add_lora, has_lora, load_trained, trained
 from model.routing import find_routers
 
 IDS = torch.arange(7, 27)[None]
@@ -36,7 +36,7 @@ def test_merged_weights_are_those_of_a_plain_model_with_the_same_output() -> Non
                 parameter.normal_(0, 0.1)
     plain, _ = build_policy("micro", None, seed=7)
     before = plain(input_ids=IDS).logits
-    plain.load_state_dict(merged(policy, policy.state_dict()))
+    plain.load_state_dict(dict(MergedWeights(policy, policy.state_dict())))
     assert torch.allclose(plain(input_ids=IDS).logits, policy(input_ids=IDS).logits, atol=1e-5)
     assert not torch.allclose(before, policy(input_ids=IDS).logits, atol=1e-2)
 
@@ -46,7 +46,7 @@ def test_in_bf16_adapters_and_routers_stay_float32() -> None:
     assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
     assert all(p.dtype == torch.float32 for router in find_routers(policy) for p in router.module.parameters())
     assert policy.lm_head.weight.dtype == torch.bfloat16
-    assert merged(policy, policy.state_dict())["model.layers.1.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    assert MergedWeights(policy, policy.state_dict())["model.layers.1.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 
 def test_every_rank_starts_with_the_same_adapters() -> None:
