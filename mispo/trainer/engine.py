@@ -175,8 +175,8 @@ class TrainEngine:
         if self._skipped_in_a_row >= self.max_skipped:
             raise RuntimeError(
                 f"{self.name}: {self._skipped_in_a_row} updates in a row had a gradient that is not finite; "
-                f"lower trainer.{self.name}_lr, or look for NaN in the rewards (trainer.max_skipped_updates); the step's "
-                "batch is there for `mispo train --replay RUN/rollouts/step_N.parquet`"
+                f"lower trainer.{self.name}_lr, or look for NaN in the rewards (trainer.max_skipped_updates); "
+                "the step's batch is there for `mispo train --replay RUN/rollouts/step_N.parquet`"
             )
 
 
