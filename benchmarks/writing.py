@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -55,7 +55,7 @@ def forward_flops(config: PreTrainedConfig) -> ForwardFlops:
     `AutoModelForCausalLM` knows is counted as it is, shared experts, dense layers and all; Step after `import model`).
 
     Matrices only: norms and biases multiply nothing. The embedding table is looked up, not multiplied, unless it is
-    the output's too.
+    the output's too. Under ZeRO-3 call it before the engines are built: later transformers would partition the model.
     """
     with torch.device("meta"):
         return count_flops(AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.float32))

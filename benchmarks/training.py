@@ -1,0 +1,172 @@
+"""Scoring and actor updates of a load, in a process of their own; trainer.py starts it.
+
+    python benchmarks/training.py OUT LOAD
+
+Times from token ids to the last optimizer update: packing, the old log-probs, group advantages, PPO's loss over four
+(or `minibatches`) updates. Writes one `Measured` of each layout to the file OUT, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from load import Load, Measured, loads, sequences
+from measuring import in_use_mib, peak_mib, synchronize
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mispo.algorithm.advantage import group_advantages
+from mispo.algorithm.loss import ppo_loss
+from mispo.algorithm.objective import Objective, Samples
+from mispo.algorithm.segments import owner_of, segment_mean
+from mispo.config.schema import TrainerConfig
+from mispo.monitor.flops import forward_flops, peak_flops
+from mispo.trainer.batch import Layout, pack
+from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
+from mispo.trainer.policy import ActorModule, checkpoint_layers, compute_dtype
+from mispo.trainer.scoring import score_policy
+from mispo.trainer.update import update_actor
+from model.build import build_policy
+from model.presets import preset_config
+from model.routing import keep_router_fp32
+from model.step import StepForCausalLM
+from model.tokenizer import character_tokenizer
+from rollouts.trajectory import Prompt, Trajectory
+
+
+def main() -> None:
+    out, text = sys.argv[1:]
+    load = loads(text)
+    config = TrainerConfig(zero_stage=load.zero_stage, optimizer=load.optimizer, dtype=load.dtype, actor_lr=0.0)
+    accelerator, ranks = start_ranks(config)
+    everything = trajectories(load)
+    share = ranks.share(len(everything))
+    before = in_use_mib()
+    policy = build(load)
+    forward = forward_flops(policy.config)
+    parameters = sum(p.numel() for p in policy.parameters())
+    if load.checkpointing:
+        checkpoint_layers(policy, load.zero_stage)
+    module = ActorModule(policy, compute_dtype(load.dtype, ranks.device))
+    actor, _ = build_engines(accelerator, ranks, module, None, config)
+    layouts = {name: Layout(load.tokens_per_microbatch, name == "packed") for name in load.layouts}
+    run = partial(step, actor, everything[share.start : share.stop], share.start, load)
+    first = {name: run(layout).logprobs for name, layout in layouts.items()}
+    states = in_use_mib() - before
+    peaks = {name: peak_mib(partial(run, layout)) for name, layout in layouts.items()}
+    times: dict[str, list[Times]] = {name: [] for name in layouts}
+    for _ in range(load.rounds):
+        for name, layout in layouts.items():
+            times[name].append(run(layout))
+    flops = sum(len(t) * forward.per_token(len(t)) for t in map(whole, everything))
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    measured = {
+        name: Measured(
+            score_s=[t.score_s for t in times[name]],
+            update_s=[t.update_s for t in times[name]],
+            peak_mib=peaks[name],
+            states_mib=states,
+            score_flops=flops,
+            update_flops=3 * flops,
+            card_flops=peak and peak * ranks.size,
+            parameters=parameters,
+            threads=torch.get_num_threads(),
+            logprobs=first[name],
+        )
+        for name in layouts
+    }
+    if ranks.first:
+        Path(out).write_text(json.dumps({name: asdict(found) for name, found in measured.items()}))
+    ranks.leave()
+
+
+def build(load: Load) -> PreTrainedModel:
+    """The policy; a preset with as many positions as the load needs."""
+    if load.model:
+        return build_policy(None, load.model, attention=load.attention)[0]
+    tokenizer = character_tokenizer()
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = preset_config(str(load.preset), vocab_size=len(tokenizer), **ends)
+    config.max_position_embeddings = max(config.max_position_embeddings, load.longest)
+    config._attn_implementation = load.attention
+    torch.manual_seed(load.seed)
+    policy = StepForCausalLM(config)
+    keep_router_fp32(policy)
+    return policy.train()
+
+
+def trajectories(load: Load) -> list[Trajectory]:
+    """Those of the load; their rollout log-probs are not read."""
+    return [
+        Trajectory(
+            prompt=Prompt(torch.tensor(s.prompt_ids), "", "", {}, s.group),
+            sample=number % load.samples_per_prompt,
+            seed=0,
+            completion_ids=torch.tensor(s.completion_ids),
+            action_mask=torch.ones(len(s.completion_ids), dtype=torch.bool),
+            rollout_logprobs=torch.zeros(len(s.completion_ids)),
+            finish_reason="stop",
+            weight_version=0,
+            routing_confidence=None,
+            completion="",
+            reward=s.reward,
+        )
+        for number, s in enumerate(sequences(load))
+    ]
+
+
+def whole(trajectory: Trajectory) -> Tensor:
+    """Prompt and completion."""
+    return torch.cat([trajectory.prompt_ids, trajectory.completion_ids])
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step; mean old log-prob of each trajectory."""
+
+    score_s: float
+    update_s: float
+    logprobs: list[float]
+
+
+def step(actor: TrainEngine, mine: list[Trajectory], first: int, load: Load, layout: Layout) -> Times:
+    """One step of GRPO without its rollouts, on this rank's trajectories."""
+    clock = [now(actor)]
+    batch = pack(mine, truncation="mask", first=first, total=len(load.lengths))
+    scores, _ = score_policy(actor, batch, layout, 1.0)
+    clock.append(now(actor))
+    groups_B = batch.position_B // load.samples_per_prompt
+    advantages_B = group_advantages(batch.rewards_B, batch.included_B, groups_B, "group_std")
+    advantages_N = advantages_B[owner_of(batch.offsets_B1)]
+    ones_N = torch.ones_like(scores.logprobs_N)
+    update_actor(
+        actor,
+        batch,
+        Samples(scores.logprobs_N, advantages_N, ones_N, ones_N.bool()),
+        Objective(partial(ppo_loss, clip=(0.2, 0.2), dual_clip=None), "tokens", max(load.lengths), 0.0, 0.0),
+        parts=load.minibatches,
+        layout=layout,
+        seed=0,
+        temperature=1.0,
+        after_update=lambda: None,
+    )
+    clock.append(now(actor))
+    means = segment_mean(scores.logprobs_N, batch.offsets_B1).tolist()
+    return Times(clock[1] - clock[0], clock[2] - clock[1], means)
+
+
+def now(actor: TrainEngine) -> float:
+    """Seconds on a clock, once everything that was started is done on every rank."""
+    synchronize()
+    actor.ranks.barrier()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
