@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from load import Load, Measured, ragged
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from writing import table
 
+from model.build import build_policy
 from model.tokenizer import character_tokenizer
 
 COMPLETIONS, MINIBATCHES = 64, 4
@@ -22,6 +23,23 @@ COMPLETIONS, MINIBATCHES = 64, 4
 ROWS = (1, 2, 4)
 """Trajectories in TRL's micro-batches that are tried: at most four of the longest, as many tokens as mispo's may have.
 The fastest is taken."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the Qwen3-MoE that both open; the longest completion, tokens."""
+
+    layers: int
+    hidden: int
+    heads: int
+    experts: int
+    top_k: int
+    expert_ffn: int
+    limit: int
+
+
+SHAPES = {"small": Shape(4, 128, 4, 16, 4, 64, 256), "large": Shape(12, 1024, 16, 32, 4, 512, 2048)}
+"""small: for a processor. large: for one GPU. Any other name is a preset of Step, limit as small."""
 
 Measure = Callable[[Load], dict[str, Measured]]
 
@@ -34,30 +52,32 @@ class Turn:
     mispo: float
 
 
-def compare(measure: Measure, python: str, limit: int, prompt: int, dtype: str, rounds: int, repeats: int) -> str:
-    """Ragged completions and equal ones, of at most `limit` tokens."""
+def compare(
+    measure: Measure, python: str, name: str, limit: int, prompt: int, dtype: str, counts: tuple[int, int]
+) -> str:
+    """Ragged completions of at most `limit` tokens and equal ones of half of that. counts: rounds and turns."""
+    rounds, turns = counts
     lengths = {"ragged": ragged(COMPLETIONS, limit), "equal": (limit // 2,) * COMPLETIONS}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        count = save_model(Path(folder), limit + prompt)
-        for name, chosen in lengths.items():
+        what = save_model(name, Path(folder), limit + prompt)
+        for kind, chosen in lengths.items():
             load = Load(
                 lengths=chosen,
-                tokens_per_microbatch=4 * (prompt + max(chosen)),
+                tokens_per_microbatch=max(ROWS) * (prompt + max(chosen)),
                 model=folder,
                 prompt=prompt,
                 minibatches=MINIBATCHES,
                 dtype=dtype,
                 rounds=rounds,
             )
-            rows.append([name, *row(load, measure, python, repeats)])
+            rows.append([kind, *row(load, measure, python, turns)])
     return (
-        f"Qwen3-MoE, {count / 1e6:.1f} M parameters (4 layers, hidden 128, 16 experts top-4), {COMPLETIONS} "
-        f"completions of at most {limit} tokens in groups of 8, {MINIBATCHES} updates with AdamW, the same ids and "
-        "rewards; from token ids to the last update. mispo: padded, micro-batches of the tokens of 4 of the longest. "
-        f"TRL {version(python)}: the fastest of {', '.join(map(str, ROWS))} trajectories per micro-batch, no "
-        f"checkpointing of layers. Median of {repeats} turns of {rounds} steps, ratio (lowest – highest). "
-        "Target: ratio ≥ 2.\n\n"
+        f"{what}, {COMPLETIONS} completions of at most {limit} tokens in groups of 8, {MINIBATCHES} updates with "
+        "AdamW, the same ids and rewards; from token ids to the last update. mispo: padded, micro-batches of the "
+        f"tokens of {max(ROWS)} of the longest. TRL {version(python)}: the fastest of {', '.join(map(str, ROWS))} "
+        f"trajectories per micro-batch, no checkpointing of layers. Median of {turns} turns of {rounds} steps, ratio "
+        "(lowest – highest). Target: ratio ≥ 2.\n\n"
         + table(
             ("lengths", "mean", "TRL per micro-batch", "TRL, tokens/s", "mispo, tokens/s", "ratio", "Δ log-prob"), rows
         )
@@ -97,29 +117,38 @@ def run_trl(load: Load, python: str, rows: int) -> tuple[list[float], list[float
     return found["seconds"], found["logprobs"]
 
 
-def save_model(folder: Path, positions: int) -> int:
-    """A small Qwen3-MoE with random weights and a tokenizer; returns how many parameters it has."""
-    tokenizer = character_tokenizer()
-    config = Qwen3MoeConfig(
+def save_model(name: str, folder: Path, positions: int) -> str:
+    """A policy with random weights and a tokenizer; returns what it is, in words."""
+    if name in SHAPES:
+        shape, tokenizer = SHAPES[name], character_tokenizer()
+        torch.manual_seed(0)
+        model: PreTrainedModel = Qwen3MoeForCausalLM(qwen3_moe(shape, tokenizer, positions))
+        words = f"Qwen3-MoE ({shape.layers} layers, hidden {shape.hidden}, {shape.experts} experts top-{shape.top_k})"
+    else:
+        model, tokenizer = build_policy(name, None)
+        words = f"Step, preset {name}"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"{words}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters"
+
+
+def qwen3_moe(shape: Shape, tokenizer: PreTrainedTokenizerBase, positions: int) -> Qwen3MoeConfig:
+    """Its configuration."""
+    return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=16,
-        num_experts_per_tok=4,
-        moe_intermediate_size=64,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads // 2,
+        head_dim=shape.hidden // shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        moe_intermediate_size=shape.expert_ffn,
         max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def version(python: str) -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from against_trl import compare
+from against_trl import SHAPES, compare
 from load import Load, Measured, ragged
 from writing import table, write_results
 
@@ -39,20 +39,19 @@ STAGES = (0, 1, 2, 3)
 @dataclass(frozen=True)
 class Sizes:
     """How much is measured. tokens: of a step, prompts included. limit: longest ragged trajectory, in tokens.
-    zero_tokens: of a step of all ranks. repeats: processes of each kind where two are compared."""
+    zero_tokens: of a step of all ranks. repeats: processes of each side, against TRL."""
 
     lengths: tuple[int, ...]
     tokens: int
     limit: int
     zero_preset: str
     zero_tokens: int
-    trl_limit: int
     rounds: int
     repeats: int
 
 
-NORMAL = Sizes((512, 1024, 2048, 4096, 8192), 16384, 1024, "small", 4096, 512, rounds=3, repeats=3)
-QUICK = Sizes((64, 128), 256, 64, "micro", 256, 32, rounds=1, repeats=1)
+NORMAL = Sizes((512, 1024, 2048, 4096, 8192), 16384, 1024, "small", 2048, rounds=2, repeats=3)
+QUICK = Sizes((64, 128), 256, 64, "micro", 256, rounds=1, repeats=1)
 
 
 def main() -> None:
@@ -65,6 +64,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a step, for lengths and layouts")
     parser.add_argument("--limit", type=int, help="longest trajectory of layouts, tokens")
     parser.add_argument("--trl-python", default=sys.executable)
+    parser.add_argument("--trl-shape", default="small", help=f"{', '.join(SHAPES)}, or a preset of Step")
+    parser.add_argument("--repeats", type=int, help="processes of each side, for trl")
     parser.add_argument("--quick", action="store_true", help="seconds: to see that it runs")
     parser.add_argument("--page", default="trainer", help="name of the page in benchmarks/results")
     options = parser.parse_args()
@@ -72,7 +73,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     sizes = QUICK if options.quick else NORMAL
-    given = {key: getattr(options, key) for key in ("tokens", "limit") if getattr(options, key)}
+    given = {key: getattr(options, key) for key in ("tokens", "limit", "repeats") if getattr(options, key)}
     sizes = replace(sizes, **given)
     sections = []
     for name in options.parts or PARTS:
@@ -114,7 +115,7 @@ def lengths(options: argparse.Namespace, sizes: Sizes) -> str:
 
 def layouts(options: argparse.Namespace, sizes: Sizes) -> str:
     """All in one process, in turns."""
-    drawn = ragged(max(8, 4 * sizes.tokens // sizes.limit), sizes.limit - PROMPT)
+    drawn = ragged(max(8, 2 * sizes.tokens // sizes.limit), sizes.limit - PROMPT)
     load = Load(
         lengths=drawn,
         tokens_per_microbatch=4 * sizes.limit,
@@ -185,9 +186,9 @@ def trl(options: argparse.Namespace, sizes: Sizes) -> str:
     title = "## Against TRL\n\n"
     if subprocess.run([options.trl_python, "-c", "import trl"], capture_output=True, check=False).returncode:
         return title + f"Left out: TRL does not import in {Path(options.trl_python).name}; give --trl-python."
-    return title + compare(
-        measure, options.trl_python, sizes.trl_limit, PROMPT, options.dtype, sizes.rounds, sizes.repeats
-    )
+    limit = sizes.limit if options.quick else SHAPES.get(options.trl_shape, SHAPES["small"]).limit
+    counts = (sizes.rounds, sizes.repeats)
+    return title + compare(measure, options.trl_python, options.trl_shape, limit, PROMPT, options.dtype, counts)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Sizes], str]] = {
