@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
     torch.manual_seed(0)
     head = nn.Linear(options.hidden, options.vocabulary, bias=False)
     hidden = torch.randn(options.tokens, options.hidden, requires_grad=True)
