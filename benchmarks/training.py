@@ -26,7 +26,7 @@ from mispo.algorithm.loss import ppo_loss
 from mispo.algorithm.objective import Objective, Samples
 from mispo.algorithm.segments import owner_of, segment_mean
 from mispo.config.schema import TrainerConfig
-from mispo.monitor.flops import forward_flops, peak_flops
+from mispo.monitor.flops import count_flops, peak_flops
 from mispo.trainer.batch import Layout, pack
 from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, checkpoint_layers, compute_dtype
@@ -49,14 +49,14 @@ def main() -> None:
     share = ranks.share(len(everything))
     before = in_use_mib()
     policy = build(load)
-    forward = forward_flops(policy.config)
+    forward = count_flops(policy)
     parameters = sum(p.numel() for p in policy.parameters())
     if load.checkpointing:
         checkpoint_layers(policy, load.zero_stage)
     module = ActorModule(policy, compute_dtype(load.dtype, ranks.device))
-    actor, _ = build_engines(accelerator, ranks, module, None, config)
+    actor, _ = build_engines(accelerator, ranks, module, None, config, {"actor": forward})
     layouts = {name: Layout(load.tokens_per_microbatch, name == "packed") for name in load.layouts}
-    run = partial(step, actor, everything[share.start : share.stop], share.start, load)
+    run = partial(step, actor, everything[share.start : share.stop], torch.tensor(list(share)), load)
     first = {name: run(layout).logprobs for name, layout in layouts.items()}
     states = in_use_mib() - before
     peaks = {name: peak_mib(partial(run, layout)) for name, layout in layouts.items()}
@@ -135,10 +135,10 @@ class Times:
     logprobs: list[float]
 
 
-def step(actor: TrainEngine, mine: list[Trajectory], first: int, load: Load, layout: Layout) -> Times:
+def step(actor: TrainEngine, mine: list[Trajectory], positions_B: Tensor, load: Load, layout: Layout) -> Times:
     """One step of GRPO without its rollouts, on this rank's trajectories."""
     clock = [now(actor)]
-    batch = pack(mine, truncation="mask", first=first, total=len(load.lengths))
+    batch = pack(mine, truncation="mask", positions_B=positions_B, total=len(load.lengths))
     scores, _ = score_policy(actor, batch, layout, 1.0)
     clock.append(now(actor))
     groups_B = batch.position_B // load.samples_per_prompt

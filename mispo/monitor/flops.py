@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 PEAKS = (
     (r"GH200|H200 NVL", None),
@@ -41,28 +40,12 @@ class ForwardFlops:
         return 2.0 * self.parameters + 4.0 * attended
 
 
-def flops_per_token(config: PreTrainedConfig, length: float) -> float:
-    """FLOPs of a forward per token, mean over a causal sequence of `length` tokens: 2 × active parameters + attention.
-
-    An update's forward and backward are 3 times that. Builds the model without memory each time, which takes a moment
-    for a large one: hold on to `forward_flops(config)` where it is asked at every step.
-    """
-    return forward_flops(config).per_token(length)
-
-
-def forward_flops(config: PreTrainedConfig) -> ForwardFlops:
-    """Count on a causal LM of this configuration, built on the meta device (so any architecture that
-    `AutoModelForCausalLM` knows is counted as it is, shared experts, dense layers and all; Step after `import model`).
+def count_flops(model: PreTrainedModel) -> ForwardFlops:
+    """Count on the model as it is, any architecture of transformers, with or without an output head.
 
     Matrices only: norms and biases multiply nothing. The embedding table is looked up, not multiplied, unless it is
-    the output's too. Under ZeRO-3 call it before the engines are built: later transformers would partition the model.
+    the output's too. Call it before adapters or ZeRO-3 change the shapes.
     """
-    with torch.device("meta"):
-        return count_flops(AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.float32))
-
-
-def count_flops(model: PreTrainedModel) -> ForwardFlops:
-    """The same of a model that is there, with or without an output head; before adapters or ZeRO-3 change shapes."""
     text = model.config.get_text_config()
     top_k = getattr(text, "num_experts_per_tok", None)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()

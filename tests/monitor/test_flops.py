@@ -1,9 +1,10 @@
 """FLOPs of small models, counted by hand."""
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from mispo.monitor.flops import FlopCounter, ForwardFlops, flops_per_token, forward_flops, mean_keys, peak_flops
+from mispo.monitor.flops import FlopCounter, ForwardFlops, count_flops, mean_keys, peak_flops
 from model.presets import preset_config
 
 DENSE = {
@@ -17,9 +18,15 @@ DENSE = {
 }
 
 
+def flops_of(config: PreTrainedConfig) -> ForwardFlops:
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        return count_flops(AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_dense_model_counts_its_matrices_and_the_output_once(tied: bool) -> None:
-    flops = forward_flops(Qwen3Config(**DENSE, tie_word_embeddings=tied))
+    flops = flops_of(Qwen3Config(**DENSE, tie_word_embeddings=tied))
     attention = 8 * 24 + 2 * 8 * 12 + 24 * 8  # q, k and v, o
     mlp = 3 * 8 * 24
     assert flops.parameters == 2 * (attention + mlp) + 50 * 8
@@ -33,12 +40,12 @@ def test_of_the_experts_only_those_that_a_token_goes_through() -> None:
     attention = 8 * 24 + 2 * 8 * 12 + 24 * 8
     router, expert = 5 * 8, 3 * 8 * 3
     active = 2 * attention + 3 * 8 * 24 + router + 2 * expert + 50 * 8
-    assert forward_flops(config).parameters == active
-    assert flops_per_token(config, 1) == 2 * active + 2 * 4 * 24
+    assert flops_of(config).parameters == active
+    assert flops_of(config).per_token(1) == 2 * active + 2 * 4 * 24
 
 
 def test_step_has_shared_experts_windows_and_more_heads_where_it_slides() -> None:
-    flops = forward_flops(preset_config("micro", vocab_size=100, pad_token_id=0, eos_token_id=1))
+    flops = flops_of(preset_config("micro", vocab_size=100, pad_token_id=0, eos_token_id=1))
     full = 2 * 64 * 64 + 2 * 64 * 32 + 64 * 4  # 4 heads of 16; the last term gates them
     sliding = 2 * 64 * 96 + 2 * 64 * 32 + 64 * 6  # 6 heads
     moe = 8 * 64 + (2 + 1) * 3 * 64 * 16  # router, 2 of 8 experts and the shared one
