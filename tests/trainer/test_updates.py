@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("updates_script.py")
+
+Saved = Callable[[str, int, int], tuple[dict[str, Any], Path]]
 
 
 def run_script(out: Path, stage: int, rounds: int, *flags: str, ranks: int = 1) -> dict[str, Any]:
@@ -26,9 +30,27 @@ def run_script(out: Path, stage: int, rounds: int, *flags: str, ranks: int = 1) 
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("straight")
-    return run_script(folder / "one.pt", 0, 1)
+def straight(saved: Saved) -> dict[str, Any]:
+    return saved("adamw", 0, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """One round by (optimizer, stage, ranks), run once for all tests: its result, and where its checkpoint lies."""
+
+    @cache
+    def run(optimizer: str, stage: int, ranks: int) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp(f"{optimizer}_{stage}_{ranks}")
+        flags = ("--optimizer", optimizer, "--save", str(folder / "checkpoints"))
+        return run_script(folder / "out.pt", stage, 1, *flags, ranks=ranks), folder / "checkpoints"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Before any update; the same under every stage."""
+    return run_script(tmp_path_factory.mktemp("untouched") / "before.pt", 0, 0)
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -52,13 +74,12 @@ def test_ranks_and_zero_stage_do_not_change_the_update(
     assert other["leaves"] == (3 if stage == 3 else 0)  # a MoE layer is gathered whole
 
 
-def test_muon_is_the_same_on_every_stage(straight: dict[str, Any], tmp_path: Path) -> None:
+def test_muon_is_the_same_on_every_stage(straight: dict[str, Any], saved: Saved) -> None:
     """But for the last digits, as its products are in bf16: here a weight moves by about 1e-3 in an update."""
-    muon = ("--optimizer", "muon")
-    alone = run_script(tmp_path / "alone.pt", 0, 1, *muon)
+    alone, _ = saved("muon", 0, 1)
     assert not torch.allclose(straight["losses"][1:3], alone["losses"][1:3], rtol=1e-5)
     for stage, ranks in ((2, 2), (3, 2)):
-        other = run_script(tmp_path / "other.pt", stage, 1, *muon, ranks=ranks)
+        other, _ = saved("muon", stage, ranks)
         assert torch.allclose(alone["losses"], other["losses"], rtol=1e-3, atol=1e-5)
         for key, tensor in alone["actor"].items():
             assert (tensor - other["actor"][key]).abs().max() < 1e-4, key
@@ -86,15 +107,14 @@ def test_offloading_does_not_change_the_update(
 
 @pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (2, "muon"), (3, "adamw")])
 def test_a_gradient_that_is_not_finite_is_skipped(
-    straight: dict[str, Any], tmp_path: Path, stage: int, optimizer: str
+    straight: dict[str, Any], untouched: dict[str, Any], tmp_path: Path, stage: int, optimizer: str
 ) -> None:
-    before = run_script(tmp_path / "before.pt", stage, 0)
     after = run_script(tmp_path / "after.pt", stage, 1, "--nan", "yes", "--optimizer", optimizer)
     assert len(after["applied"]) == 5
     assert not after["applied"].any()
     for name in ("actor", "critic"):
-        assert all(torch.equal(tensor, after[name][key]) for key, tensor in before[name].items())
-        assert not all(torch.equal(tensor, straight[name][key]) for key, tensor in before[name].items())
+        assert all(torch.equal(tensor, after[name][key]) for key, tensor in untouched[name].items())
+        assert not all(torch.equal(tensor, straight[name][key]) for key, tensor in untouched[name].items())
 
 
 def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
@@ -127,27 +147,35 @@ def test_an_engine_that_does_not_take_the_weights_stops_the_run(tmp_path: Path) 
         run_script(tmp_path / "deaf.pt", 0, 1, "--deaf", "yes")
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [((0, 1), (2, 2)), ((0, 1), (3, 1))])
+@pytest.fixture(scope="module")
+def continued(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The second round, from the checkpoint of the first, on one rank."""
+    out = tmp_path_factory.mktemp("continued") / "same.pt"
+    return run_script(out, 0, 1, "--load", str(saved("adamw", 0, 1)[1]))
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 2)])
 def test_a_checkpoint_continues_under_another_stage_and_number_of_ranks(
-    tmp_path: Path, saved: tuple[int, int], loaded: tuple[int, int]
+    saved: Saved,
+    continued: dict[str, Any],
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
 ) -> None:
-    checkpoints = str(tmp_path / "checkpoints")
-    run_script(tmp_path / "first.pt", saved[0], 1, "--save", checkpoints, ranks=saved[1])
-    same = run_script(tmp_path / "same.pt", saved[0], 1, "--load", checkpoints, ranks=saved[1])
-    other = run_script(tmp_path / "other.pt", loaded[0], 1, "--load", checkpoints, ranks=loaded[1])
-    assert same["stop"] == other["stop"] == (4, 6)
-    assert_same(same, other)
+    _, checkpoints = saved("adamw", 0, 1)
+    other = run_script(tmp_path / "other.pt", stage, 1, "--load", str(checkpoints), ranks=ranks)
+    assert continued["stop"] == other["stop"] == (4, 6)
+    assert_same(continued, other)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [((2, 2), (0, 1)), ((0, 1), (2, 2)), ((2, 2), (3, 2))])
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (0, 1)), ((0, 1), (2, 2)), ((2, 2), (3, 2))])
 def test_muons_states_come_back_under_another_stage_and_number_of_ranks(
-    tmp_path: Path, saved: tuple[int, int], loaded: tuple[int, int]
+    saved: Saved, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     """Bit for bit; under ZeRO 2 matrices lie across the border between two ranks."""
-    flags = ("--optimizer", "muon")
-    checkpoints = str(tmp_path / "checkpoints")
-    first = run_script(tmp_path / "first.pt", saved[0], 1, "--save", checkpoints, *flags, ranks=saved[1])
-    other = run_script(tmp_path / "other.pt", loaded[0], 0, "--load", checkpoints, *flags, ranks=loaded[1])
+    first, checkpoints = saved("muon", *before)
+    flags = ("--load", str(checkpoints), "--optimizer", "muon")
+    other = run_script(tmp_path / "other.pt", after[0], 0, *flags, ranks=after[1])
     assert {name.rpartition(".")[2] for name in first["states"]} == {"momentum_buffer", "exp_avg", "exp_avg_sq"}
     assert first["states"].keys() == other["states"].keys()
     for name, state in first["states"].items():
