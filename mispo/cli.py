@@ -206,7 +206,7 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence
 
 def _remove_if_unused(directory: Path) -> None:
     """A run that never began leaves no directory behind, unless there was something in it before."""
-    ours = {"config.yaml", "reference"}
+    ours = {"config.yaml", "reference", "base"}
     if rank() == 0 and {path.name for path in directory.iterdir()} <= ours:
         shutil.rmtree(directory)
 

@@ -33,7 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def position(self: Critic, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def position(self: Critic, ids: Tensor, rows: Tensor, columns: Tensor, positions: Tensor | None) -> Tensor:
     """The value of a state is its position index: that of the last token that has been read."""
     return columns.float() + 0 * sum(p.sum() for p in self.parameters())
 

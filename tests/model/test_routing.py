@@ -147,7 +147,7 @@ def test_the_critic_has_a_backbone_of_its_own_and_reads_where_it_is_told() -> No
     with torch.no_grad():
         values = critic(ids, rows, columns)
         hidden = policy.model(input_ids=ids).last_hidden_state
-        expected = critic.value_head(hidden)[rows, columns, 0]
+        expected = critic.value_head(hidden)[rows, columns]
     assert values.dtype == torch.float32
     assert torch.allclose(values, expected, atol=1e-6)
     shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in critic.parameters()}

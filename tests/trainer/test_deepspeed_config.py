@@ -11,13 +11,18 @@ from mispo.trainer.engine import deepspeed_config
 
 
 def test_the_fields_make_the_json() -> None:
-    made = deepspeed_config(TrainerConfig(zero_stage=3, offload="parameters", max_grad_norm=0.5))
+    fields = {"zero_stage": 3, "offload": "parameters", "max_grad_norm": 0.5}
+    made = deepspeed_config(TrainerConfig(**fields, optimizer="adamw"))
     assert made["gradient_clipping"] == 0.5
     assert made["zero_optimization"] == {
         "stage": 3,
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
     }
+    # What Muon would clip is its update; and DeepSpeed has it under ZeRO-3 with whole gradients only.
+    muon = deepspeed_config(TrainerConfig(**fields, optimizer="muon"))
+    assert muon["gradient_clipping"] == 0
+    assert muon["zero_optimization"]["reduce_scatter"] is False
     assert "offload_optimizer" not in deepspeed_config(TrainerConfig(zero_stage=2))["zero_optimization"]
 
 

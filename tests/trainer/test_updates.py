@@ -74,15 +74,16 @@ def test_ranks_and_zero_stage_do_not_change_the_update(
     assert other["leaves"] == (3 if stage == 3 else 0)  # a MoE layer is gathered whole
 
 
-def test_muon_is_the_same_on_every_stage(straight: dict[str, Any], saved: Saved) -> None:
-    """But for the last digits, as its products are in bf16: here a weight moves by about 1e-3 in an update."""
+def test_muon_is_the_same_on_every_stage(straight: dict[str, Any], untouched: dict[str, Any], saved: Saved) -> None:
+    """But for the last digits, as its products are in bf16."""
     alone, _ = saved("muon", 0, 1)
     assert not torch.allclose(straight["losses"][1:3], alone["losses"][1:3], rtol=1e-5)
     for stage, ranks in ((2, 2), (3, 2)):
         other, _ = saved("muon", stage, ranks)
         assert torch.allclose(alone["losses"], other["losses"], rtol=1e-3, atol=1e-5)
         for key, tensor in alone["actor"].items():
-            assert (tensor - other["actor"][key]).abs().max() < 1e-4, key
+            moved = (tensor - untouched["actor"][key]).norm()
+            assert (tensor - other["actor"][key]).norm() <= 0.05 * moved, key
 
 
 @pytest.mark.parametrize("stage", [0, 3])
