@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--trl-shape", default="small", help=f"{', '.join(SHAPES)}, or a preset of Step")
     parser.add_argument("--repeats", type=int, help="processes of each side, for trl")
-    parser.add_argument("--quick", action="store_true", help="seconds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes: to see that it runs")
     parser.add_argument("--page", default="trainer", help="name of the page in benchmarks/results")
     options = parser.parse_args()
     unknown = sorted(set(options.parts) - set(PARTS))
