@@ -12,6 +12,9 @@ from torch import Tensor
 from mispo.algorithm.segments import lengths_of, offsets_of
 from rollouts.trajectory import Trajectory
 
+FORWARDS_OF_ONE = 32
+"""An empty micro-batch costs about this part of a full one: what is worth some padding to avoid."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -124,20 +127,10 @@ class Layout:
 
     def microbatches(self, batch: Batch, members: Sequence[int]) -> list[list[int]]:
         """Cut trajectories into parts, longest first, so that the first part needs the most memory."""
-        parts: list[list[int]] = []
-        room: list[int] = []
-        for b in sorted(members, key=lambda b: -len(batch.ids[b])):
-            length = len(batch.ids[b])
-            # Padded: only the last part may grow, since those before are wider. Packed: first fit.
-            candidates = range(len(parts)) if self.packed else range(max(0, len(parts) - 1), len(parts))
-            place = next((i for i in candidates if room[i] >= (length if self.packed else 1)), None)
-            if place is None:
-                parts.append([b])
-                room.append(self.tokens - length if self.packed else self.tokens // length - 1)
-            else:
-                parts[place].append(b)
-                room[place] -= length if self.packed else 1
-        return parts
+        order = sorted(members, key=lambda b: -len(batch.ids[b]))
+        lengths = [len(batch.ids[b]) for b in order]
+        parts = first_fit(lengths, self.tokens) if self.packed else least_padding(lengths, self.tokens)
+        return [[order[i] for i in part] for part in parts]
 
     def input(self, batch: Batch, members: Sequence[int], device: torch.device, *, last: bool = False) -> ModelInput:
         """A micro-batch for the model; padding exists only here.
@@ -165,6 +158,43 @@ class Layout:
         flat = (torch.cat(ids)[None], torch.zeros_like(rows), starts[rows] + at, targets)
         real = (t.to(device) for t in flat)
         return ModelInput(*real, positions=positions.to(device), lengths=tuple(lengths.tolist()))
+
+
+def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places in `lengths` for rows of at most `tokens` (or one length), each in the first row with room for it."""
+    parts: list[list[int]] = []
+    room: list[int] = []
+    for i, length in enumerate(lengths):
+        place = next((part for part, free in enumerate(room) if free >= length), None)
+        if place is None:
+            parts.append([i])
+            room.append(tokens - length)
+        else:
+            parts[place].append(i)
+            room[place] -= length
+    return parts
+
+
+def least_padding(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Cut falling `lengths` into runs of at most `tokens`, each as wide as its first one (or one length alone).
+
+    Of all such cuts one with the least padded tokens, a further run counting as much as `tokens` / FORWARDS_OF_ONE.
+    """
+    count = len(lengths)
+    best = torch.full((count + 1,), float("inf"), dtype=torch.float64)
+    best[0] = 0.0
+    start = torch.zeros(count + 1, dtype=torch.int64)
+    for i, width in enumerate(lengths):
+        most = min(max(1, tokens // width), count - i)
+        costs = best[i] + tokens / FORWARDS_OF_ONE + width * torch.arange(1, most + 1, dtype=torch.float64)
+        better = costs < best[i + 1 : i + 1 + most]
+        best[i + 1 : i + 1 + most][better] = costs[better]
+        start[i + 1 : i + 1 + most][better] = i
+    parts: list[list[int]] = []
+    while count:
+        parts.append(list(range(int(start[count]), count)))
+        count = int(start[count])
+    return parts[::-1]
 
 
 @dataclass(frozen=True)

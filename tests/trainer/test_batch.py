@@ -1,11 +1,15 @@
 """How trajectories are cut into micro-batches, and where the model reads them."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mispo.algorithm.segments import offsets_of
-from mispo.trainer.batch import Batch, Layout
+from mispo.trainer.batch import FORWARDS_OF_ONE, Batch, Layout, least_padding
 
 CPU = torch.device("cpu")
 
@@ -28,8 +32,35 @@ def batch_of(lengths: list[int], prompt: int = 2) -> Batch:
 
 
 def test_padded_parts_are_sorted_by_length_and_count_their_padding() -> None:
-    parts = Layout(20).microbatches(batch_of([4, 10, 5, 9, 3, 4]), range(6))
-    assert parts == [[1, 3], [2, 0, 5, 4]]
+    parts = Layout(20).microbatches(batch_of([4, 10, 5, 10, 4, 4]), range(6))
+    assert parts == [[1, 3], [2], [0, 4, 5]]
+
+
+def test_a_further_forward_is_worth_it_where_it_saves_padding() -> None:
+    assert least_padding([100, 100, 10, 10, 10], 500) == [[0, 1], [2, 3, 4]]
+    assert least_padding([100, 100, 99, 98, 97], 500) == [[0, 1, 2, 3, 4]]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), tokens=st.integers(20, 200))
+def test_no_other_cut_has_less_padding(lengths: list[int], tokens: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+
+    def cost(parts: list[list[int]]) -> float:
+        return sum(lengths[part[0]] * len(part) + tokens / FORWARDS_OF_ONE for part in parts)
+
+    def fits(part: list[int]) -> bool:
+        return len(part) == 1 or lengths[part[0]] * len(part) <= tokens
+
+    everything = list(range(len(lengths)))
+    cuts = [
+        [everything[a:b] for a, b in pairwise([0, *chosen, len(lengths)])]
+        for size in range(len(lengths))
+        for chosen in combinations(everything[1:], size)
+    ]
+    found = least_padding(lengths, tokens)
+    assert [i for part in found for i in part] == everything
+    assert all(map(fits, found))
+    assert cost(found) == pytest.approx(min(cost(parts) for parts in cuts if all(map(fits, parts))))
 
 
 def test_packed_parts_are_filled_first_fit_and_longest_first() -> None:
