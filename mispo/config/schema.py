@@ -244,8 +244,8 @@ class TrainerConfig:
     tokens_per_microbatch: int = 65536
     """Tokens, padding included, in one forward; bounds memory, never changes the result."""
     layout: str = "auto"
-    """padded: a row for each trajectory, sorted by length and cut for little padding; packed: one after the other in one
-    row, without padding, which pays with flex_attention or flash_attention_2 (with sdpa the time of attention grows
+    """padded: a row for each trajectory, sorted by length and cut for little padding; packed: one after the other in
+    one row, without padding, which pays with flex_attention or flash_attention_2 (with sdpa the time of attention grows
     with the square of the micro-batch); auto: packed with these two. Never changes the result. Ours."""
     optimizer: str = "muon"
     """muon (report), with AdamW for embeddings, heads and vectors; or adamw. Updates are of one size, so a learning
