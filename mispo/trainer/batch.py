@@ -100,6 +100,23 @@ def pack(
     )
 
 
+def ungraded(ids: list[Tensor], columns: list[Tensor]) -> Batch:
+    """Trajectories to be computed, not judged: no rewards, all of them included."""
+    count, lengths = len(ids), torch.tensor([len(c) for c in columns], dtype=torch.int64)
+    return Batch(
+        ids=ids,
+        columns=columns,
+        offsets_B1=offsets_of(lengths),
+        rollout_logprobs_N=torch.zeros(int(lengths.sum())),
+        rewards_B=torch.zeros(count),
+        penalties_B=torch.zeros(count),
+        truncated_B=torch.zeros(count, dtype=torch.bool),
+        included_B=torch.ones(count, dtype=torch.bool),
+        position_B=torch.arange(count),
+        total=count,
+    )
+
+
 def minibatches(batch: Batch, parts: int, seed: int) -> list[list[int]]:
     """This rank's members of each mini-batch: a seeded permutation of all trajectories, cut into near-equal parts.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.ranks import Ranks
+from model.critic import ValueHead
 
 BETAS = (0.9, 0.95)
 
@@ -101,7 +102,7 @@ def _ends(module: nn.Module) -> Iterator[nn.Parameter]:
         head = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
         if head is not None:
             yield head.weight
-        if isinstance(part, nn.Linear) and part.out_features == 1:
+        if isinstance(part, ValueHead):
             yield part.weight
 
 

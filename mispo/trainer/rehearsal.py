@@ -7,8 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from mispo.algorithm.segments import offsets_of
-from mispo.trainer.batch import Batch, Layout
+from mispo.trainer.batch import Batch, Layout, ungraded
 from mispo.trainer.engine import TrainEngine
 
 
@@ -36,18 +35,7 @@ def rehearse(engine: TrainEngine, longest: int, layout: Layout, vocabulary: int)
 def worst_batch(count: int, longest: int, vocabulary: int) -> Batch:
     """Random trajectories that are one token of prompt and else completion."""
     ids = torch.randint(vocabulary, (count, longest), generator=torch.Generator().manual_seed(0))
-    return Batch(
-        ids=list(ids),
-        columns=[torch.arange(longest - 1)] * count,
-        offsets_B1=offsets_of(torch.full((count,), longest - 1)),
-        rollout_logprobs_N=torch.zeros(count * (longest - 1)),
-        rewards_B=torch.zeros(count),
-        penalties_B=torch.zeros(count),
-        truncated_B=torch.zeros(count, dtype=torch.bool),
-        included_B=torch.ones(count, dtype=torch.bool),
-        position_B=torch.arange(count),
-        total=count,
-    )
+    return ungraded(list(ids), [torch.arange(longest - 1)] * count)
 
 
 def _loss(engine: TrainEngine, batch: Batch, layout: Layout) -> Tensor:

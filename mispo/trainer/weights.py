@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from mispo.trainer.batch import Batch, Layout
+from mispo.trainer.batch import Layout, ungraded
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.scoring import score_policy
 from model.lora import MergedWeights
@@ -131,17 +131,9 @@ def score_texts(
 ) -> list[Tensor]:
     """The trainer's log-probs [T] of each completion [T] after its prompt [P]; the same on all ranks."""
     lengths = [len(completion) for _, completion in pairs]
-    batch = Batch(
-        ids=[torch.cat(pair) for pair in pairs],
-        columns=[torch.arange(len(prompt) - 1, len(prompt) + len(c) - 1) for prompt, c in pairs],
-        offsets_B1=torch.tensor([0, *lengths]).cumsum(0),
-        rollout_logprobs_N=torch.zeros(sum(lengths)),
-        rewards_B=torch.zeros(len(pairs)),
-        penalties_B=torch.zeros(len(pairs)),
-        truncated_B=torch.zeros(len(pairs), dtype=torch.bool),
-        included_B=torch.ones(len(pairs), dtype=torch.bool),
-        position_B=torch.arange(len(pairs)),
-        total=len(pairs),
+    batch = ungraded(
+        [torch.cat(pair) for pair in pairs],
+        [torch.arange(len(prompt) - 1, len(prompt) + len(c) - 1) for prompt, c in pairs],
     )
     layout = Layout(max(len(ids) for ids in batch.ids) * len(pairs), packed)
     scores, _ = score_policy(actor, batch, layout, temperature)

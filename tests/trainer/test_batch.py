@@ -8,26 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mispo.algorithm.segments import offsets_of
-from mispo.trainer.batch import FORWARDS_OF_ONE, Batch, Layout, least_padding
+from mispo.trainer.batch import FORWARDS_OF_ONE, Batch, Layout, least_padding, ungraded
 
 CPU = torch.device("cpu")
 
 
 def batch_of(lengths: list[int], prompt: int = 2) -> Batch:
     """Trajectories whose tokens are 100·b, 100·b + 1, …"""
-    count = len(lengths)
-    return Batch(
-        ids=[100 * b + torch.arange(length) for b, length in enumerate(lengths)],
-        columns=[torch.arange(prompt - 1, length - 1) for length in lengths],
-        offsets_B1=offsets_of(torch.tensor(lengths) - prompt),
-        rollout_logprobs_N=torch.zeros(sum(lengths) - prompt * count),
-        rewards_B=torch.zeros(count),
-        penalties_B=torch.zeros(count),
-        truncated_B=torch.zeros(count, dtype=torch.bool),
-        included_B=torch.ones(count, dtype=torch.bool),
-        position_B=torch.arange(count),
-        total=count,
+    return ungraded(
+        [100 * b + torch.arange(length) for b, length in enumerate(lengths)],
+        [torch.arange(prompt - 1, length - 1) for length in lengths],
     )
 
 
