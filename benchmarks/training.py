@@ -114,6 +114,7 @@ def trajectories(load: Load) -> list[Trajectory]:
             finish_reason="stop",
             weight_version=0,
             routing_confidence=None,
+            routed_experts=None,
             completion="",
             reward=s.reward,
         )

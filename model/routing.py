@@ -15,6 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import OutputRecorder
 
+from model.router_form import RouterForm, recognise
+
+BIAS = "e_score_correction_bias"
+"""What transformers calls the bias of a router that decides which experts are selected, not their weights."""
+
 
 @dataclass(frozen=True)
 class Router:
@@ -28,12 +33,18 @@ class Router:
 class Routing:
     """What L routers did with a number of tokens.
 
-    confidence: [L, tokens] float32, probability mass of the activated experts, in [0, 1].
-    experts: [L, tokens, k], their ids, in the smallest integer type.
+    confidence: [L, tokens] float32, probability mass of the activated experts, in [0, 1] (report §5.2.3): their scores
+        over those of all experts, before any bias; of a softmax router the sum of their probabilities.
+    experts: [L, tokens, k], the activated ones, and own: those that the router chose; the same but for replayed tokens.
+        In the smallest integer type.
+    margin: [L, tokens] float32 ≥ 0, by how much the k-th expert's score, with the bias that the selection looks at, is
+        above that of the next one; None if not asked for.
     """
 
     confidence: Tensor
     experts: Tensor
+    own: Tensor
+    margin: Tensor | None
 
 
 def find_routers(model: nn.Module) -> list[Router]:
@@ -49,12 +60,14 @@ def find_routers(model: nn.Module) -> list[Router]:
 class RoutingRecorder:
     """Context manager: hooks every router and remembers what each forward selected.
 
-    Meant to be cheap in a decoding loop: the hook keeps references, `take` does the arithmetic.
+    Meant to be cheap in a decoding loop: the hook keeps references, `take` does the arithmetic. It comes before a
+    `RouterReplay`, whose experts `take` has to be told.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.routers = find_routers(model)
         self._records: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.routers]
+        self._forms: dict[int, RouterForm] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> RoutingRecorder:
@@ -64,7 +77,7 @@ class RoutingRecorder:
                 logits, weights, indices = output
                 self._records[layer].append((logits.detach(), weights.detach(), indices.detach()))
 
-            self._handles.append(router.module.register_forward_hook(hook))
+            self._handles.append(router.module.register_forward_hook(hook, prepend=True))
         return self
 
     def __exit__(
@@ -75,38 +88,43 @@ class RoutingRecorder:
         self._handles.clear()
 
     @torch.no_grad()
-    def take(self) -> Routing | None:
-        """Everything since the last call, forwards in order; None if there is nothing (a dense model)."""
+    def take(self, *, margin: bool = False, replayed: tuple[Tensor, Tensor] | None = None) -> Routing | None:
+        """Everything since the last call, forwards in order; None if there is nothing (a dense model).
+
+        replayed: (experts [L, tokens, k], known [tokens]), as `RouterReplay.set` was given them.
+        """
         if not any(self._records):
             return None
-        confidence, experts = [], []
-        for router, records in zip(self.routers, self._records, strict=True):
-            logits, weights, indices = (torch.cat([r[i].flatten(0, -2) for r in records]) for i in range(3))
-            confidence.append(routing_confidence(logits, weights, indices, router.name))
-            experts.append(indices.to(_smallest_integer(logits.shape[-1])))
+        found: dict[str, list[Tensor]] = {"confidence": [], "experts": [], "own": [], "margin": []}
+        for layer, (router, records) in enumerate(zip(self.routers, self._records, strict=True)):
+            logits, weights, own = (torch.cat([r[i].flatten(0, -2) for r in records]) for i in range(3))
             records.clear()
-        return Routing(torch.stack(confidence), torch.stack(experts))
+            if layer not in self._forms:
+                self._forms[layer] = recognise(logits, weights, own, router.name)
+            scores = self._forms[layer].scores(logits)
+            experts = own
+            if replayed is not None:
+                experts = torch.where(replayed[1].to(own.device)[:, None], replayed[0][layer].to(own), own)
+            small = smallest_integer(logits.shape[-1])
+            found["confidence"].append(confidence_of(scores, experts))
+            found["experts"].append(experts.to(small))
+            found["own"].append(own.to(small))
+            if margin:
+                found["margin"].append(_margin(scores + getattr(router.module, BIAS, 0.0), own.shape[-1]))
+        return Routing(**{name: torch.stack(layers) if layers else None for name, layers in found.items()})
 
 
-def routing_confidence(logits: Tensor, weights: Tensor, indices: Tensor, name: str = "router") -> Tensor:
-    """Probability mass of the activated experts (report §5.2.3), [tokens] float32.
+def _margin(scores: Tensor, k: int) -> Tensor:
+    """[tokens]: gap between the k-th and the next of scores [tokens, E]; NaN where every expert is active."""
+    if k == scores.shape[-1]:
+        return scores.new_full(scores.shape[:1], float("nan"))
+    best = scores.topk(k + 1, dim=-1).values
+    return best[:, -2] - best[:, -1]
 
-    logits [tokens, E] before any bias, weights and indices [tokens, k] as the router returned them.
-    Softmax routers: sum of the selected probabilities. Sigmoid routers: sum of the selected scores over the
-    sum of all scores. Which one it is shows in the router's own weights, whose proportions are those of the
-    selected scores. ValueError if they match neither.
-    """
-    logits = logits.float()
-    distances = {}
-    for kind, scores in (("sigmoid", logits.sigmoid()), ("softmax", logits.softmax(-1))):
-        selected = scores.gather(1, indices.long())
-        distances[kind] = (_proportions(selected) - _proportions(weights.float())).abs().max().item()
-        if distances[kind] < 1e-2:
-            return selected.sum(1) / scores.sum(1)
-    raise ValueError(
-        f"{name}: its weights are neither sigmoid nor softmax scores of its logits "
-        f"(largest difference {distances}); routing confidence is not defined for it"
-    )
+
+def confidence_of(scores: Tensor, experts: Tensor) -> Tensor:
+    """Probability mass of the activated experts [tokens], from the scores [tokens, E] of all."""
+    return scores.gather(1, experts.long()).sum(1) / scores.sum(1)
 
 
 def keep_router_fp32(model: nn.Module) -> None:
@@ -129,9 +147,6 @@ def _float32_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_Float32Router, kind), {"__module__": kind.__module__})
 
 
-def _proportions(scores: Tensor) -> Tensor:
-    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-
-
-def _smallest_integer(count: int) -> torch.dtype:
+def smallest_integer(count: int) -> torch.dtype:
+    """The smallest integer type that holds the ids of so many experts."""
     return torch.uint8 if count <= 256 else torch.int16

@@ -37,6 +37,7 @@ class Sample:
     weight_version: version of the weights that sampled it.
     routing_confidence: [MoE layers] float32, mean over the forwards whose logits gave the T tokens (positions
         P−1 … P+T−2) of the activated experts' probability mass; None for a dense model.
+    routed_experts: [P+T−1, MoE layers, k], see `Trajectory.routed_experts`.
     """
 
     completion_ids: Tensor
@@ -44,6 +45,7 @@ class Sample:
     finish_reason: FinishReason
     weight_version: int
     routing_confidence: Tensor | None
+    routed_experts: Tensor | None
 
 
 class Engine(Protocol):
@@ -65,7 +67,14 @@ class Engine(Protocol):
         misshapen tensor, and then nothing has been changed."""
         ...
 
-    def score(self, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        temperature: float,
+        experts: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Log-probs [T] float32 (CPU) of each completion [T] after its prompt [P], under the current weights,
-        by a full forward without a cache (temperature 0 counts as 1, as in `Sample.logprobs`)."""
+        by a full forward without a cache (temperature 0 counts as 1, as in `Sample.logprobs`).
+
+        experts: for each pair the experts [P+T−1, MoE layers, k] to activate; None = the model's own choice."""
         ...

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from model.replay import RouterReplay, padded_experts
 from model.routing import RoutingRecorder, find_routers
 from rollouts.cache import SlotCache, layer_windows
 from rollouts.engine import Request, Sample
@@ -30,6 +31,7 @@ class NativeEngine:
     eos_token_ids: tokens that end a completion. pad_token_id: fills prompts to one length, never attended to.
     slots: sequences decoded at once. weight_version: version of the weights that `model` comes with.
     prefill_tokens: padded tokens in one prefill or scoring forward (at least one sequence); bounds memory.
+    record_experts: keep which experts each position activated, `Sample.routed_experts`.
     ValueError for a model of another form.
     """
 
@@ -42,6 +44,7 @@ class NativeEngine:
         *,
         weight_version: int = 0,
         prefill_tokens: int = 16384,
+        record_experts: bool = False,
     ) -> None:
         if slots < 1:
             raise ValueError(f"rollout.slots: {slots} is less than 1")
@@ -56,6 +59,7 @@ class NativeEngine:
         self.slots = slots
         self.weight_version = weight_version
         self.prefill_tokens = prefill_tokens
+        self.record_experts = record_experts
         _check_form(self.model, self.decoder, self.head)
 
     @property
@@ -79,20 +83,26 @@ class NativeEngine:
         return [samples[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def score(self, pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        temperature: float,
+        experts: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Log-probs of each completion: see `Engine.score`. No cache and no masks of ours take part."""
         scores: dict[int, Tensor] = {}
-        for batch in _length_batches([len(p) + len(c) for p, c in pairs], self.prefill_tokens):
-            ids = [torch.cat(pairs[index]) for index in batch]
-            hidden = self.decoder(
-                input_ids=_padded(ids, self.pad_token_id).to(self.device), use_cache=False
-            ).last_hidden_state
-            for row, index in enumerate(batch):
-                prompt, completion = len(pairs[index][0]), pairs[index][1].to(self.device)
-                states = hidden[row, prompt - 1 : prompt - 1 + len(completion)]
-                # No more rows of logits at once than decoding has.
-                parts = zip(states.split(self.slots), completion.split(self.slots), strict=True)
-                scores[index] = torch.cat([self._logprobs(*part, temperature) for part in parts]).cpu()
+        with nullcontext() if experts is None else RouterReplay(self.model) as replay:
+            for batch in _length_batches([len(p) + len(c) for p, c in pairs], self.prefill_tokens):
+                ids = _padded([torch.cat(pairs[index]) for index in batch], self.pad_token_id).to(self.device)
+                if experts is not None:
+                    replay.set(*padded_experts([experts[index] for index in batch], ids.shape[1], self.device))
+                hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+                for row, index in enumerate(batch):
+                    prompt, completion = len(pairs[index][0]), pairs[index][1].to(self.device)
+                    states = hidden[row, prompt - 1 : prompt - 1 + len(completion)]
+                    # No more rows of logits at once than decoding has.
+                    parts = zip(states.split(self.slots), completion.split(self.slots), strict=True)
+                    scores[index] = torch.cat([self._logprobs(*part, temperature) for part in parts]).cpu()
         return [scores[index] for index in range(len(pairs))]
 
     def _logprobs(self, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -143,7 +153,7 @@ class _Run:
         self.requests = requests
         self.routing = routing
         self.pending = list(range(len(requests)))[::-1]
-        self.table = SlotTable(slots, limit, engine.routers, engine.eos_token_ids, engine.device)
+        self.table = SlotTable(slots, limit, longest, engine.routers, engine.eos_token_ids, engine.device)
         self.cache = SlotCache(engine.windows, slots, longest)
         # A prefill costs about as much as a decode step: wait until an eighth of the slots is free.
         self.refill = max(1, slots // 8)
@@ -178,8 +188,12 @@ class _Run:
         hidden = self._forward(ids, positions, self.cache.prefill(start, lengths, ids.shape[1]))
         rows = torch.arange(len(indices), device=ids.device)
         if self.routing is not None:
-            confidence = self.routing.take().confidence.view(-1, *ids.shape)
+            routing = self.routing.take()
+            confidence = routing.confidence.view(-1, *ids.shape)
             table.confidence[start : table.count] = confidence[:, rows, lengths - 1].T.double()
+            if self.engine.record_experts:
+                experts = routing.experts.view(len(confidence), *ids.shape, -1)
+                table.route(slice(start, table.count), torch.zeros_like(lengths), experts)
         return table.record(start, self.engine.head(hidden[rows, lengths - 1]))
 
     def _next_prompts(self) -> list[int]:
@@ -197,17 +211,22 @@ class _Run:
         ids, positions = self.table.current()
         masks = self.cache.decode(positions[:, 0], self.table.longest)
         hidden = self._forward(ids, positions, masks)
+        ended = self.table.record(0, self.engine.head(hidden[:, -1]))
         self.unread += 1
         if self.unread == ROUTING_STEPS:
             self._read_routing()
-        return self.table.record(0, self.engine.head(hidden[:, -1]))
+        return ended
 
     def _read_routing(self) -> None:
         """Add the confidence of the decode steps since the last reading; the batch was the same in all."""
         if self.routing is not None and self.unread:
-            confidence = self.routing.take().confidence
-            steps = confidence.view(len(confidence), self.unread, self.table.count)
-            self.table.confidence[: self.table.count] += steps.sum(1, dtype=torch.float64).T
+            routing, count = self.routing.take(), self.table.count
+            steps = routing.confidence.view(-1, self.unread, count)
+            self.table.confidence[:count] += steps.sum(1, dtype=torch.float64).T
+            if self.engine.record_experts:
+                experts = routing.experts.view(len(steps), self.unread, count, -1).transpose(1, 2)
+                # The newest token is not cached yet: the last forward was at the position before it.
+                self.table.route(slice(0, count), self.table.length[:count] - 1 - self.unread, experts)
         self.unread = 0
 
     def _forward(self, ids: Tensor, positions: Tensor, masks: dict[int | None, Tensor]) -> Tensor:

@@ -16,18 +16,21 @@ class SlotTable:
 
     What a step needs lies on `device`; the host knows the lengths by counting along, so that a step costs one
     synchronisation: the list of finished slots.
-    slots: rows. max_new_tokens: the largest limit of any request. routers: MoE layers, 0 for a dense model.
+    slots: rows. max_new_tokens: the largest limit of any request. longest: the most positions that one can take.
+    routers: MoE layers, 0 for a dense model.
     """
 
     def __init__(
         self,
         slots: int,
         max_new_tokens: int,
+        longest: int,
         routers: int,
         eos_token_ids: Sequence[int],
         device: torch.device,
     ) -> None:
         self.slots = slots
+        self.positions = longest
         self.device = device
         self.eos = torch.tensor(list(eos_token_ids), device=device)
         self.count = 0
@@ -45,6 +48,8 @@ class SlotTable:
         self.tokens = rows(torch.int64, max_new_tokens)
         self.logprobs = rows(torch.float32, max_new_tokens)
         self.confidence = rows(torch.float64, routers)
+        # On the host, which has memory for it once it is written: [slots, positions, routers, k].
+        self.experts: Tensor | None = None
 
     @property
     def free(self) -> int:
@@ -92,6 +97,19 @@ class SlotTable:
         ended = torch.isin(tokens, self.eos) | (self.generated[rows] >= self.limit[rows])
         return [start + row for row in ended.nonzero()[:, 0].tolist()]
 
+    def route(self, rows: slice, first: Tensor, experts_LsSk: Tensor) -> None:
+        """Keep which experts were activated: in each of these slots at S positions from `first` [rows] on.
+
+        Positions after a sequence's end are overwritten later, or never read.
+        """
+        layers, _, width, k = experts_LsSk.shape
+        if self.experts is None:
+            self.experts = torch.empty(self.slots, self.positions, layers, k, dtype=experts_LsSk.dtype)
+        at = first.cpu()[:, None] + torch.arange(width)
+        slots = torch.arange(rows.start, rows.stop)[:, None].expand_as(at)
+        inside = at < self.positions
+        self.experts[slots[inside], at[inside]] = experts_LsSk.cpu().permute(1, 2, 0, 3)[inside]
+
     def samples(self, rows: list[int], weight_version: int) -> list[Sample]:
         """What the given slots have produced.
 
@@ -116,6 +134,9 @@ class SlotTable:
                     finish_reason="stop" if stopped[row] else "length",
                     weight_version=weight_version,
                     routing_confidence=(confidence[row] / count).float() if confidence.shape[1] else None,
+                    routed_experts=None
+                    if self.experts is None
+                    else self.experts[rows[row], : int(self.length[rows[row]]) - 1].clone(),
                 )
             )
         return samples
@@ -130,6 +151,8 @@ class SlotTable:
         targets = [row for row in rows if row < left]
         sources = [row for row in range(left, self.count) if row not in gone]
         if targets:
+            if self.experts is not None:
+                self.experts[targets, : self.longest] = self.experts[sources, : self.longest]
             for state in (
                 self.length,
                 self.prompt,

@@ -49,6 +49,8 @@ class Trajectory:
     weight_version: actor optimizer updates contained in the weights that sampled it.
     routing_confidence: [MoE layers] float32, mean over the generated tokens of the probability mass of the
         activated experts, as seen by the rollout engine; None for a dense model.
+    routed_experts: [P+T−1, MoE layers, k], smallest integer type: the experts that the rollout activated at each
+        position but the last, which no forward has seen; None for a dense model, or if they were not recorded.
     completion: the decoded text, special tokens included, for people and graders.
     reward, reward_info: set by grading; reward is NaN before.
     """
@@ -62,6 +64,7 @@ class Trajectory:
     finish_reason: FinishReason
     weight_version: int
     routing_confidence: Tensor | None
+    routed_experts: Tensor | None
     completion: str
     reward: float = float("nan")
     reward_info: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,8 @@ class Trajectory:
         assert self.action_mask.shape == (length,), "action_mask must be [T]"
         assert self.action_mask.dtype == torch.bool, "action_mask must be bool"
         assert self.rollout_logprobs.shape == (length,), "rollout_logprobs must be [T]"
+        positions = len(self.prompt.ids) + length - 1
+        assert self.routed_experts is None or len(self.routed_experts) == positions, "routed_experts must be [P+T−1, …]"
         assert self.finish_reason in FINISH_REASONS, self.finish_reason
 
     @property

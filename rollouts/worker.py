@@ -74,6 +74,7 @@ class RolloutWorker:
             finish_reason=sample.finish_reason,
             weight_version=sample.weight_version,
             routing_confidence=sample.routing_confidence,
+            routed_experts=sample.routed_experts,
             completion=self.tokenizer.decode(
                 text_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
             ),

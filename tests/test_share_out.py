@@ -57,6 +57,7 @@ def trajectory(position: int) -> Trajectory:
         finish_reason="stop",
         weight_version=0,
         routing_confidence=None,
+        routed_experts=None,
         completion="",
         reward=0.0,
     )

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Glm4MoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -18,7 +20,8 @@ from transformers import (
 
 from model.build import build_policy
 from model.critic import Critic
-from model.routing import RoutingRecorder, find_routers, keep_router_fp32, routing_confidence
+from model.router_form import recognise
+from model.routing import RoutingRecorder, confidence_of, find_routers, keep_router_fp32
 
 SMALL = {
     "vocab_size": 50,
@@ -34,12 +37,33 @@ def model_of(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "step":
         return build_policy("micro", None)[0].eval()
+    groups = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
     config = {
         "qwen": lambda: Qwen3MoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16),
+        "qwen-normalised": lambda: Qwen3MoeConfig(
+            **SMALL, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
+        ),
+        "deepseek": lambda: DeepseekV3Config(
+            **{**SMALL, "num_key_value_heads": 4},
+            **groups,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+        ),
+        "glm": lambda: Glm4MoeConfig(
+            **SMALL, **groups, moe_intermediate_size=16, first_k_dense_replace=1, head_dim=8, routed_scaling_factor=2.5
+        ),
         "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=6, num_experts_per_tok=2),
         "olmoe": lambda: OlmoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2),
     }[family]()
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for router in find_routers(model):
+        torch.nn.init.normal_(router.module.weight)  # some start at 0, where all experts are alike
+    return model
 
 
 def oracle(logits: list[float], chosen: list[int], kind: str) -> float:
@@ -60,15 +84,28 @@ def test_confidence_is_the_probability_mass_of_the_chosen_experts(kind: str, nor
     if normalised:
         weights = 2.5 * weights / weights.sum(-1, keepdim=True)
     expected = [oracle(x, e, kind) for x, e in zip(logits.double().tolist(), indices.tolist(), strict=True)]
-    assert routing_confidence(logits, weights, indices).tolist() == pytest.approx(expected, abs=1e-6)
+    form = recognise(logits, weights, indices)
+    assert (form.kind, form.normalised) == (kind, normalised)
+    assert form.scale == pytest.approx(2.5 if normalised else 1.0, rel=1e-5)
+    assert torch.allclose(form.weights(logits, indices), weights, atol=1e-6)
+    assert confidence_of(form.scores(logits), indices).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_softmax_router_is_told_from_a_sigmoid_one_at_nearly_flat_logits() -> None:
+    logits = torch.randn(50, 8) * 1e-3
+    weights, indices = logits.softmax(-1).topk(2)
+    assert recognise(logits, weights / weights.sum(-1, keepdim=True), indices).kind == "softmax"
 
 
 def test_a_router_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"layers\.3: its weights are neither sigmoid nor softmax"):
-        routing_confidence(torch.randn(4, 6), torch.rand(4, 2), torch.tensor([[0, 1]] * 4), "layers.3")
+        recognise(torch.randn(4, 6), torch.rand(4, 2), torch.tensor([[0, 1]] * 4), "layers.3")
 
 
-@pytest.mark.parametrize(("family", "layers"), [("step", 3), ("qwen", 2), ("mixtral", 2), ("olmoe", 2)])
+FAMILIES = [("step", 3), ("qwen", 2), ("qwen-normalised", 2), ("mixtral", 2), ("olmoe", 2), ("deepseek", 1), ("glm", 1)]
+
+
+@pytest.mark.parametrize(("family", "layers"), FAMILIES)
 def test_the_recorder_sees_each_moe_layer_of_stock_models(family: str, layers: int) -> None:
     model = model_of(family)
     assert len(find_routers(model)) == layers
@@ -76,13 +113,17 @@ def test_the_recorder_sees_each_moe_layer_of_stock_models(family: str, layers: i
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         model(input_ids=ids)
         model(input_ids=ids[:, :4])
-        seen = recorder.take()
+        seen = recorder.take(margin=True)
         assert recorder.take() is None
     assert seen is not None
     assert seen.confidence.shape == (layers, 2 * 9 + 2 * 4)
     assert seen.experts.shape == (layers, 26, 2)
     assert seen.experts.dtype == torch.uint8
     assert ((seen.confidence > 0) & (seen.confidence <= 1)).all()
+    assert torch.equal(seen.own, seen.experts)
+    assert seen.margin is not None
+    assert seen.margin.shape == seen.confidence.shape
+    assert (seen.margin >= 0).all()
     with torch.no_grad():
         model(input_ids=ids)
     assert recorder.take() is None  # outside the block nothing is watched

@@ -61,6 +61,7 @@ def trajectory(index: int) -> Trajectory:
         finish_reason="length",
         weight_version=9,
         routing_confidence=None,
+        routed_experts=None,
         completion="<think>5",
         reward=0.5,
         reward_info={"outcome": "ok"},

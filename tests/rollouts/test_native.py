@@ -9,8 +9,9 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+from model.routing import RoutingRecorder
 from rollouts.engine import Request, Sample
-from rollouts.native import NativeEngine
+from rollouts.native import ROUTING_STEPS, NativeEngine
 
 EOS = (1, 2)
 WINDOW = 8
@@ -337,3 +338,41 @@ def test_attention_without_slot_masks_is_refused(step_model: PreTrainedModel) ->
 def test_zero_slots_are_refused(step_model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"rollout\.slots: 0"):
         engine_of(step_model, slots=0)
+
+
+@pytest.mark.parametrize("family", ["step", "qwen"])
+def test_recorded_experts_are_those_of_a_full_forward(family: str) -> None:
+    model = tiny_model(family)
+    requests = ragged_requests(30)
+    engine = engine_of(model, slots=8, record_experts=True)
+    samples = engine.generate(requests)
+    assert max(len(sample.completion_ids) for sample in samples) > ROUTING_STEPS  # several readings of one sequence
+    for request, sample in zip(requests, samples, strict=True):
+        with torch.no_grad(), RoutingRecorder(model) as recorder:
+            model(input_ids=torch.cat([request.prompt_ids, sample.completion_ids[:-1]])[None])
+            expected = recorder.take().experts.transpose(0, 1)
+        assert sample.routed_experts.dtype == torch.uint8
+        # As sets: in which order a router names its experts is not defined.
+        assert torch.equal(sample.routed_experts.sort(-1).values, expected.sort(-1).values)
+
+
+def test_experts_are_recorded_only_on_request(step_model: PreTrainedModel) -> None:
+    (sample,) = engine_of(step_model).generate(ragged_requests(1))
+    assert sample.routed_experts is None
+    (sample,) = engine_of(tiny_model("llama"), record_experts=True).generate(ragged_requests(1))
+    assert sample.routed_experts is None
+
+
+def test_scores_with_replayed_experts(step_model: PreTrainedModel) -> None:
+    requests = ragged_requests(6)
+    engine = engine_of(step_model, record_experts=True)
+    samples = engine.generate(requests)
+    pairs = [(request.prompt_ids, s.completion_ids) for request, s in zip(requests, samples, strict=True)]
+    own = [sample.routed_experts for sample in samples]
+    free = engine.score(pairs, 1.0)
+    for a, b in zip(free, engine.score(pairs, 1.0, own), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    replayed = engine.score(pairs, 1.0, [(experts + 1) % 8 for experts in own])
+    assert (torch.cat(replayed) - torch.cat(free)).abs().max() > 1e-2
+    for a, b in zip(free, engine.score(pairs, 1.0), strict=True):
+        assert torch.equal(a, b)  # nothing of it stays

@@ -31,7 +31,7 @@ class EchoEngine:
             cut = request.seed % 2 == 1
             ids = torch.cat([request.prompt_ids[-1:], torch.tensor([END, 1] if cut else [1, END])])
             reason = "length" if cut else "stop"
-            samples.append(Sample(ids, -torch.ones(3), reason, self.weight_version, torch.tensor([0.5])))
+            samples.append(Sample(ids, -torch.ones(3), reason, self.weight_version, torch.tensor([0.5]), None))
         return samples
 
 

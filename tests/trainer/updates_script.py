@@ -59,6 +59,7 @@ def trajectory(number: int, generator: torch.Generator) -> Trajectory:
         finish_reason="length" if number % 3 == 0 else "stop",
         weight_version=0,
         routing_confidence=None,
+        routed_experts=None,
         completion="",
         reward=float(number % 2),
     )
