@@ -110,6 +110,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 dtype,
                 entropy_gradient=config.algorithm.entropy > 0,
                 value_head=build_value_head(policy, config, checkpoint) if shared else None,
+                replays=config.router.record or config.router.replay != "off",
             ),
             CriticModule(critic, dtype) if critic else None,
             config.trainer,

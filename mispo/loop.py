@@ -68,7 +68,7 @@ def train_step(run: Run, step: int) -> None:
         run.stop_if_asked(step - 1, cursor)
         with timer("score"):
             batch, trajectories, shared = pack_step(run, trajectories)
-            policy, values, reference_N = score(run, batch)
+            batch, policy, values, reference_N = score(run, batch)
         run.stop_if_asked(step - 1, cursor)
         advantages_N, targets_N, included_N = judge(run, batch, values)
         selection = select(run, batch, policy.logprobs_N, step)
@@ -83,12 +83,15 @@ def train_step(run: Run, step: int) -> None:
         record = StepRecord(batch, trajectories, policy, values, targets_N, selection, lags_B)
         # Before the updates: should they fail, the batch is there to be replayed.
         run.save_rollouts(step, record, samples)
+        with timer("attribute"):
+            attributed = attribute_step(run, step, record) if run.attributes(step) else {}
         value_loss = learn_values(run, batch, values, targets_N, included_N)
         with timer("critic"):
             critic_updates = update_values(run, batch, value_loss, step)
         with timer("actor"):
             actor_updates = update_policy(run, batch, samples, value_loss, step)
         critic_updates += value_updates(actor_updates)
+        balance(run, policy)
         with timer("sync"):
             synced = run.sync.publish()
     metrics = step_metrics(
@@ -99,7 +102,7 @@ def train_step(run: Run, step: int) -> None:
         num_experts=run.num_experts,
         reward_range=run.reward_range,
     )
-    metrics |= collected | shared | synced | timer.seconds
+    metrics |= collected | shared | attributed | synced | timer.seconds
     metrics |= run.throughput(batch, timer.seconds)
     run.report_step(step, metrics)
     stop = run.check_alarms(metrics)
@@ -120,20 +123,24 @@ def pack_step(run: Run, trajectories: list[Trajectory]) -> tuple[Batch, list[Tra
         positions_B=positions_B,
         total=prompts * each,
         penalty=run.overlong_penalty,
+        replay=run.config.router.replay == "rollout",
     )
     return batch, mine, metrics
 
 
-def score(run: Run, batch: Batch) -> tuple[PolicyScores, Values | None, Tensor | None]:
-    """π_old, V where there is a critic, log π_ref where there is a reference; all before any update of this step."""
-    temperature = run.config.rollout.temperature
-    policy, values = score_policy(run.actor, batch, run.layout, temperature)
+def score(run: Run, batch: Batch) -> tuple[Batch, PolicyScores, Values | None, Tensor | None]:
+    """π_old, V where there is a critic, log π_ref where there is a reference; all before any update of this step.
+
+    With the batch for the updates, in which routing may be that of π_old (router.replay: old).
+    """
+    temperature, old = run.config.rollout.temperature, run.config.router.replay == "old"
+    policy, values = score_policy(run.actor, batch, run.layout, temperature, keep_experts=old)
     if run.critic:
         values = score_values(run.critic, batch, run.layout)
     reference_N = None
     if run.reference:
         reference_N = score_logprobs(run.reference, batch, range(len(batch)), run.layout, temperature)
-    return policy, values, reference_N
+    return replace(batch, experts=policy.experts) if old else batch, policy, values, reference_N
 
 
 def judge(run: Run, batch: Batch, values: Values | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -245,6 +252,14 @@ def update_policy(
         reweigh=partial(reweigh, run, batch, samples, step) if run.config.algorithm.mask_policy == "current" else None,
         value_loss=None if run.critic else value_loss,
     )
+
+
+def balance(run: Run, policy: PolicyScores) -> None:
+    """Even out the load of the experts for the next step (router.bias_update_rate), by that of this step."""
+    rate = run.config.router.bias_update_rate
+    if rate and policy.routing:
+        load_LE = run.ranks.sum(expert_load(policy.routing.own, run.num_experts))
+        update_bias(run.actor.module.policy, load_LE, rate)
 
 
 def reweigh(run: Run, batch: Batch, samples: Samples, step: int, members: list[int]) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mispo.config.schema import MispoConfig
@@ -150,17 +151,32 @@ def build_rollout_engine(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, ranks: Ranks
 ) -> NativeEngine:
     """An engine with a copy of the policy of its own, in the rollout precision."""
-    shape = copy.deepcopy(policy.config)
-    if shape._attn_implementation != "eager":
-        shape._attn_implementation = "sdpa"  # takes the masks of the slot cache
-    with torch.device(ranks.device):
-        model = type(policy)(shape)
-    model.load_state_dict(policy.state_dict())
-    model.to(device=ranks.device, dtype=compute_dtype(config.rollout.dtype, ranks.device))
+    attention = "eager" if policy.config._attn_implementation == "eager" else "sdpa"  # takes the slot cache's masks
+    model = another(policy, policy.state_dict(), ranks.device, attention)
+    model.to(dtype=compute_dtype(config.rollout.dtype, ranks.device))
     keep_router_fp32(model)
     ends = policy.generation_config.eos_token_id if policy.generation_config else None
     ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return NativeEngine(model, sorted({*ends, tokenizer.eos_token_id}), tokenizer.pad_token_id, config.rollout.slots)
+    return NativeEngine(
+        model,
+        sorted({*ends, tokenizer.eos_token_id}),
+        tokenizer.pad_token_id,
+        config.rollout.slots,
+        record_experts=config.router.record,
+    )
+
+
+def another(
+    policy: PreTrainedModel, weights: Mapping[str, Tensor], device: torch.device, attention: str
+) -> PreTrainedModel:
+    """A model of the policy's shape with these weights, in float32. The random numbers of the run go on untouched."""
+    shape = copy.deepcopy(policy.config)
+    shape._attn_implementation = attention
+    with torch.random.fork_rng(), torch.device(device):
+        model = type(policy)(shape)
+    model.load_state_dict(dict(weights))
+    keep_router_fp32(model)
+    return model
 
 
 def num_experts(policy: nn.Module) -> int:

@@ -13,17 +13,20 @@ from model.router_form import RouterForm, recognise
 from model.routing import find_routers
 
 
-def padded_experts(experts: Sequence[Tensor], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `RouterReplay.set` takes for sequences that are padded on the right to `width`.
+def laid_out(experts: Sequence[Tensor], widths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `RouterReplay.set` takes for sequences that lie one after the other.
 
-    experts: per sequence [positions, L, k], of its first positions. Returns [L, B·width, k] and bool [B·width].
+    experts: per sequence [positions, L, k], of its first positions; widths: the tokens that each takes, padding
+    included, n together. Returns [L, n, k] and bool [n].
     """
-    known = torch.zeros(len(experts), width, dtype=torch.bool)
-    padded = experts[0].new_zeros(len(experts), width, *experts[0].shape[1:])
-    for row, chosen in enumerate(experts):
-        known[row, : len(chosen)] = True
-        padded[row, : len(chosen)] = chosen
-    return padded.flatten(0, 1).transpose(0, 1).to(device), known.flatten().to(device)
+    flat = experts[0].new_zeros(sum(widths), *experts[0].shape[1:])
+    known = torch.zeros(len(flat), dtype=torch.bool)
+    start = 0
+    for chosen, width in zip(experts, widths, strict=True):
+        flat[start : start + len(chosen)] = chosen
+        known[start : start + len(chosen)] = True
+        start += width
+    return flat.transpose(0, 1).to(device), known.to(device)
 
 
 class RouterReplay:

@@ -6,6 +6,7 @@ Routers are found through the model's own `_can_record_outputs["router_logits"]`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
@@ -45,6 +46,18 @@ class Routing:
     experts: Tensor
     own: Tensor
     margin: Tensor | None
+
+    def at(self, tokens: Tensor) -> Routing:
+        """At these tokens, in this order; on the CPU."""
+        return Routing(**{n: None if x is None else x[:, tokens.to(x.device)].cpu() for n, x in vars(self).items()})
+
+    @staticmethod
+    def concatenated(parts: Sequence[Routing]) -> Routing:
+        """The tokens of one after those of the other."""
+        names = vars(parts[0])
+        return Routing(
+            **{n: None if names[n] is None else torch.cat([vars(p)[n] for p in parts], dim=1) for n in names}
+        )
 
 
 def find_routers(model: nn.Module) -> list[Router]:

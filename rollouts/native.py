@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model.replay import RouterReplay, padded_experts
+from model.replay import RouterReplay, laid_out
 from model.routing import RoutingRecorder, find_routers
 from rollouts.cache import SlotCache, layer_windows
 from rollouts.engine import Request, Sample
@@ -95,7 +95,7 @@ class NativeEngine:
             for batch in _length_batches([len(p) + len(c) for p, c in pairs], self.prefill_tokens):
                 ids = _padded([torch.cat(pairs[index]) for index in batch], self.pad_token_id).to(self.device)
                 if experts is not None:
-                    replay.set(*padded_experts([experts[index] for index in batch], ids.shape[1], self.device))
+                    replay.set(*laid_out([experts[index] for index in batch], [ids.shape[1]] * len(ids), self.device))
                 hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
                 for row, index in enumerate(batch):
                     prompt, completion = len(pairs[index][0]), pairs[index][1].to(self.device)

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.truncation": ("bootstrap", "zero", "mask"),
     "algorithm.loss_norm": ("tokens", "accepted", "sequence", "constant"),
     "critic.kind": ("separate", "shared"),
+    "router.replay": ("off", "rollout", "old"),
     "alarms.action": ("warn", "stop", "off"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
@@ -51,6 +52,9 @@ AT_LEAST: dict[str, float] = {
     "critic.pretrain_steps": 0,
     "critic.warmup_steps": 0,
     "critic.head_init_std": 0,
+    "router.bias_update_rate": 0,
+    "router.attribute_every": 0,
+    "router.attribute_trajectories": 2,
     "trainer.steps": 0,
     "trainer.actor_minibatches": 1,
     "trainer.critic_minibatches": 1,
@@ -115,6 +119,8 @@ BELONGS: dict[str, tuple[str, tuple[object, ...]]] = {
     "critic.warmup_steps": ("algorithm.advantage", ("gae",)),
     "critic.value_clip": ("algorithm.advantage", ("gae",)),
     "critic.train_on_truncated": ("algorithm.advantage", ("gae",)),
+    "router.attribute_every": ("router.record", (True,)),
+    "router.attribute_trajectories": ("router.record", (True,)),
 }
 """Key → (the key that decides whether it is read, at which values). Set without being read, it is an error."""
 
@@ -175,6 +181,7 @@ def _problems(config: MispoConfig) -> Iterator[str]:
     yield from _inert(config)
     yield from _method(config)
     yield from _shared_critic(config)
+    yield from _router(config)
     yield from _contradictions(config)
 
 
@@ -193,6 +200,19 @@ def _shared_critic(config: MispoConfig) -> Iterator[str]:
     for name in ("pretrain_steps", "warmup_steps"):
         if getattr(critic, name):
             yield f"critic.{name}: a shared critic (critic.kind) cannot learn without moving the actor; set it to 0"
+
+
+def _router(config: MispoConfig) -> Iterator[str]:
+    router = config.router
+    if router.replay == "rollout" and not router.record:
+        yield "router.replay: rollout needs the experts of the rollout; set router.record=true"
+    if router.replay != "off" and config.algorithm.advantage == "gae" and config.critic.kind == "shared":
+        yield (
+            "router.replay: values are never replayed, but a shared critic (critic.kind) is on the actor's trunk; set "
+            "router.replay=off or critic.kind=separate"
+        )
+    if router.freeze and config.model.lora.rank:
+        yield "router.freeze: with adapters (model.lora) the routers do not learn anyway; leave it out"
 
 
 def _inert(config: MispoConfig) -> Iterator[str]:

@@ -279,6 +279,31 @@ class TrainerConfig:
 
 
 @dataclass
+class RouterConfig:
+    """The routers of a MoE: which experts the trainer activates, what is learnt and what is measured. Ours, but for
+    `replay`. A dense model refuses what is set here."""
+
+    replay: str = "off"
+    """Which experts the actor activates: off: its routers decide; rollout: those of the rollout, in scoring and in the
+    updates (R3; report §5.2.3: for models of low routing confidence); old: those of π_old, in the updates (R2). Their
+    weights always come from the actor's own logits. Never in the critic."""
+    record: bool = True
+    """Keep which experts the rollout activated at every position: for moe/expert_agreement, attribution and replay.
+    MoE layers × top-k × 1 byte per token (2 with more than 256 experts); `--dry-run` tells how much that is."""
+    freeze: bool = False
+    """Leave the routers as they are. Weights of the experts still change with what comes before them."""
+    bias_update_rate: float = 0.0
+    """Loss-free balancing: after each step the selection bias of an expert with less than the mean load rises by this,
+    that of one with more falls; ≥ 0. Routers without such a bias refuse it."""
+    attribute_every: int = 0
+    """Steps between mismatch attributions (attribution/*, RUN/attribution/); the last step has one too. 0 = only one,
+    at the first step. More than 0 with stale weights (rollout.staleness): old weights are kept in the trainer's
+    precision, and a copy of the policy takes its memory meanwhile."""
+    attribute_trajectories: int = 128
+    """Trajectories that an attribution looks at, over all ranks; up to six more forwards for each."""
+
+
+@dataclass
 class EvalConfig:
     """Held-out accuracy. Row 0 of the metrics is the state before RL."""
 
@@ -345,6 +370,7 @@ class MispoConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

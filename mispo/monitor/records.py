@@ -27,13 +27,17 @@ ROLLOUT_FIELDS = pa.schema(
         ("action_mask", pa.list_(pa.bool_())),
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("routing_confidence", pa.list_(pa.float32())),
+        ("routed_experts", pa.list_(pa.int16())),
         ("weight_version", pa.int64()),
         ("seed", pa.int64()),
         ("index", pa.int64()),
         ("sample", pa.int64()),
     ]
 )
-"""Columns of rollouts/step_N.parquet, one row per trajectory; those of the caller follow."""
+"""Columns of rollouts/step_N.parquet, one row per trajectory; those of the caller follow.
+
+routed_experts: [P+T−1, MoE layers, k], flat; there are as many MoE layers as in routing_confidence.
+"""
 
 SAMPLE_KEYS = ("question", "answer", "completion", "reward")
 """Keys that every row of samples_before.jsonl and samples_after.jsonl has."""
@@ -79,7 +83,10 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     prompt_ids, completion_ids = (
         torch.tensor(row[name], dtype=torch.int64) for name in ("prompt_ids", "completion_ids")
     )
-    confidence = row["routing_confidence"]
+    confidence, experts = row["routing_confidence"], row["routed_experts"]
+    if experts is not None:
+        shape = (len(prompt_ids) + len(completion_ids) - 1, len(confidence), -1)
+        experts = torch.tensor(experts, dtype=torch.int16).reshape(shape)
     return Trajectory(
         prompt=Prompt(prompt_ids, row["question"], row["answer"], {}, row["index"]),
         sample=row["sample"],
@@ -90,6 +97,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         finish_reason=row["finish_reason"],
         weight_version=row["weight_version"],
         routing_confidence=None if confidence is None else torch.tensor(confidence, dtype=torch.float32),
+        routed_experts=experts,
         completion=row["completion"],
         reward=row["reward"],
         reward_info={"outcome": row["outcome"], "message": row["message"]},
@@ -97,7 +105,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
 
 
 def _record(trajectory: Trajectory) -> dict[str, Any]:
-    confidence = trajectory.routing_confidence
+    confidence, experts = trajectory.routing_confidence, trajectory.routed_experts
     return {
         "question": trajectory.prompt.text,
         "answer": trajectory.prompt.answer,
@@ -111,6 +119,7 @@ def _record(trajectory: Trajectory) -> dict[str, Any]:
         "action_mask": trajectory.action_mask.cpu().numpy(),
         "rollout_logprobs": trajectory.rollout_logprobs.cpu().numpy(),
         "routing_confidence": None if confidence is None else confidence.cpu().numpy(),
+        "routed_experts": None if experts is None else experts.flatten().to(torch.int16).numpy(),
         "weight_version": trajectory.weight_version,
         "seed": trajectory.seed,
         "index": trajectory.prompt.index,

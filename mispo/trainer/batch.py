@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mispo.algorithm.segments import lengths_of, offsets_of
+from model.replay import laid_out
 from rollouts.trajectory import Trajectory
 
 FORWARDS_OF_ONE = 32
@@ -27,6 +28,8 @@ class Batch:
     position_B: number within the step over all ranks; total: how many
     there are over all ranks.
     included_B: false for trajectories that are left out everywhere (aborted, or truncated under `mask`).
+    experts: per trajectory [S_b−1, L, k], those that the actor's routers are to activate (router.replay); None = they
+    choose for themselves.
     """
 
     ids: list[Tensor]
@@ -39,6 +42,7 @@ class Batch:
     included_B: Tensor
     position_B: Tensor
     total: int
+    experts: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,6 +61,7 @@ class Batch:
             offsets_B1=self.offsets_of(members),
             rollout_logprobs_N=self.rollout_logprobs_N[self.tokens_of(members)],
             total=self.total,
+            experts=self.experts and [self.experts[b] for b in members],
             **{
                 name: getattr(self, name)[chosen]
                 for name in ("rewards_B", "penalties_B", "truncated_B", "included_B", "position_B")
@@ -75,11 +80,15 @@ def pack(
     positions_B: Tensor,
     total: int,
     penalty: Callable[[int], float] = lambda length: 0.0,
+    replay: bool = False,
 ) -> Batch:
     """Lay this rank's trajectories out flat; positions_B are their numbers among the `total` of the step.
 
-    penalty: of a completion's number of tokens.
+    penalty: of a completion's number of tokens. replay: activate the rollout's experts again; ValueError for
+    trajectories whose experts were not recorded.
     """
+    if replay and any(t.routed_experts is None for t in trajectories):
+        raise ValueError("router.replay: rollout, but these trajectories come without the experts of the rollout")
     columns, logprobs = [], []
     for trajectory in trajectories:
         scored = trajectory.action_mask.nonzero()[:, 0]
@@ -97,6 +106,7 @@ def pack(
         included_B=~torch.tensor(left_out, dtype=torch.bool),
         position_B=positions_B,
         total=total,
+        experts=[t.routed_experts for t in trajectories] if replay else None,
     )
 
 
@@ -166,15 +176,19 @@ class Layout:
         following = (at + 1).minimum(lengths[rows] - 1)
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         targets = padded[rows, following]
+        replay = None
+        if batch.experts and members:
+            widths = lengths.tolist() if self.packed else [padded.shape[1]] * len(ids)
+            replay = laid_out([batch.experts[b] for b in members], widths, device)
         if not self.packed:
             # Nothing real ever sees what is on its right: causal attention needs no mask for the padding.
             real = (t.to(device) for t in (padded, rows, at, targets))
-            return ModelInput(*real, positions=None, lengths=tuple(lengths.tolist()))
+            return ModelInput(*real, positions=None, lengths=tuple(lengths.tolist()), replay=replay)
         starts = offsets_of(lengths)[:-1]
         positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
         flat = (torch.cat(ids)[None], torch.zeros_like(rows), starts[rows] + at, targets)
         real = (t.to(device) for t in flat)
-        return ModelInput(*real, positions=positions.to(device), lengths=tuple(lengths.tolist()))
+        return ModelInput(*real, positions=positions.to(device), lengths=tuple(lengths.tolist()), replay=replay)
 
 
 def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -219,7 +233,8 @@ class ModelInput:
     """ids [b, S]; where to read, in flat token order: rows [n], columns [n], and the tokens that follow: targets [n].
 
     positions [1, S]: of packed trajectories, 0 where one begins; by them transformers keeps them apart in attention,
-    windows included. None: each row is one trajectory. lengths: of the trajectories, in tokens.
+    windows included. None: each row is one trajectory. lengths: of the trajectories, in tokens. replay: the experts
+    [L, b·S, k] for the actor's routers and the tokens that have some, [b·S] bool; None = free choice.
     """
 
     ids: Tensor
@@ -228,3 +243,11 @@ class ModelInput:
     targets: Tensor
     positions: Tensor | None
     lengths: tuple[int, ...]
+    replay: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each trajectory begins among the b·S tokens."""
+        if self.positions is None:
+            return [row * self.ids.shape[1] for row in range(len(self.lengths))]
+        return offsets_of(torch.tensor(self.lengths))[:-1].tolist()

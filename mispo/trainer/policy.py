@@ -13,6 +13,8 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic, ValueHead
+from model.replay import RouterReplay
+from model.routing import find_routers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +35,7 @@ class ActorModule(nn.Module):
     """The policy, read as log-probs at chosen positions; their logits never exist as a whole.
 
     entropy_gradient: whether the entropy is part of a loss; else it has no gradient. value_head: of a critic that
-    shares the policy's trunk.
+    shares the policy's trunk. replays: whether the routers of a MoE activate the experts that come with the input.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class ActorModule(nn.Module):
         *,
         entropy_gradient: bool = False,
         value_head: ValueHead | None = None,
+        replays: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.value_head = value_head
         self.dtype = dtype
+        self.replay = RouterReplay(policy) if replays and find_routers(policy) else None
         self.logprobs = LogprobHead(policy.get_output_embeddings(), dtype, entropy_gradient=entropy_gradient)
 
     def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,6 +59,8 @@ class ActorModule(nn.Module):
 
         With fewer targets than rows, only V is read at the others.
         """
+        if self.replay:
+            self.replay.set(*x.replay or (None, None))
         with autocast(x.ids.device, self.dtype):
             decoder = self.policy.get_decoder()
             hidden = decoder(input_ids=x.ids, position_ids=x.positions, use_cache=False).last_hidden_state

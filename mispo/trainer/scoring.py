@@ -12,20 +12,21 @@ from mispo.trainer.batch import Batch, Layout, ModelInput
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
-from model.routing import RoutingRecorder
+from model.routing import Routing, RoutingRecorder
 
 
 @dataclass(frozen=True)
 class PolicyScores:
     """Under π_old, on the CPU: log-probs [N] and entropy [N], fp32.
 
-    Routing over the same tokens: confidence [L, N] and expert ids [L, N, k]; None for a dense model.
+    routing: over the same tokens; None for a dense model. experts: per trajectory [S_b−1, L, k], those that were
+    activated at every position but the last; only if asked for.
     """
 
     logprobs_N: Tensor
     entropy_N: Tensor
-    confidence_LN: Tensor | None
-    experts_LNk: Tensor | None
+    routing: Routing | None
+    experts: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,19 @@ class Values:
 
 @torch.no_grad()
 def score_policy(
-    actor: TrainEngine, batch: Batch, layout: Layout, temperature: float
+    actor: TrainEngine, batch: Batch, layout: Layout, temperature: float, *, keep_experts: bool = False
 ) -> tuple[PolicyScores, Values | None]:
-    """One forward over the batch; dropout off. Values where the actor's trunk has a value head."""
+    """One forward over the batch; dropout off. Values where the actor's trunk has a value head.
+
+    keep_experts: of all positions, to be replayed in the updates.
+    """
     actor.eval()
     tokens = int(batch.offsets_B1[-1])
     logprobs_N, entropy_N = torch.zeros(tokens), torch.zeros(tokens)
     values = Values(torch.zeros(tokens), torch.zeros(len(batch)))
-    confidence, experts, places = [], [], []
+    routings: list[Routing] = []
+    places: list[Tensor] = []
+    kept: dict[int, Tensor] = {}
     with RoutingRecorder(actor.module) as recorder:
         for members in equal_count(actor.ranks, layout.microbatches(batch, range(len(batch)))):
             x = _with_ends(layout, batch, members, actor)
@@ -59,18 +65,19 @@ def score_policy(
             logprobs_N[at], entropy_N[at] = logprobs.cpu(), entropy.cpu()
             if found is not None:
                 values.put(at, members, found)
-            routing = recorder.take()
+            routing = recorder.take(margin=True, replayed=x.replay)
             if routing is not None:
-                flat = (x.rows * x.ids.shape[1] + x.columns)[:count]
-                confidence.append(routing.confidence[:, flat].cpu())
-                experts.append(routing.experts[:, flat].cpu())
+                routings.append(routing.at((x.rows * x.ids.shape[1] + x.columns)[:count]))
                 places.append(at)
+                if keep_experts:
+                    spans = zip(members, x.starts, x.lengths, strict=False)  # an empty micro-batch has a pad token
+                    kept |= {b: routing.experts[:, s : s + n - 1].transpose(0, 1).cpu() for b, s, n in spans}
     shared = values if actor.module.value_head else None
-    if not confidence:
-        return PolicyScores(logprobs_N, entropy_N, None, None), shared
-    order = torch.argsort(torch.cat(places))
-    routed = (torch.cat(parts, 1)[:, order] for parts in (confidence, experts))
-    return PolicyScores(logprobs_N, entropy_N, *routed), shared
+    if not routings:
+        return PolicyScores(logprobs_N, entropy_N, None), shared
+    routing = Routing.concatenated(routings).at(torch.argsort(torch.cat(places)))
+    experts = [kept[b] for b in range(len(batch))] if keep_experts else None
+    return PolicyScores(logprobs_N, entropy_N, routing, experts), shared
 
 
 @torch.no_grad()

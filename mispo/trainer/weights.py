@@ -43,6 +43,7 @@ class WeightSync:
     fixed prompts are compared with the trainer's under the same weights.
     staleness: actor updates that the engine is kept behind. tolerance: nats, see rollout.parity_tolerance.
     probe: some token sequences [S], S ≥ 2, the same on all ranks. packed: whether the trainer packs them (`Layout`).
+    exact: keep old weights in the trainer's precision, not in that of the rollouts, which may need half of the memory.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class WeightSync:
         packed: bool,
         tolerance: float,
         temperature: float,
+        exact: bool = False,
     ) -> None:
         self.actor = actor
         self.engine = engine
@@ -62,14 +64,15 @@ class WeightSync:
         self.packed = packed
         self.tolerance = tolerance
         self.temperature = temperature
+        self.exact = exact
         self._pairs = [(ids[:1], ids[1:]) for ids in probe]
         self._expected: dict[int, list[Tensor]] = {}
 
     def record(self) -> None:
         """Remember the current weights, if the engine is going to see them later."""
         if self.history.staleness:
-            # In the rollout's precision, which may need half of the memory.
-            self.history.push(self.actor.updates, self.engine.converted(self._weights()))
+            weights = self._weights()
+            self.history.push(self.actor.updates, weights if self.exact else self.engine.converted(weights))
             self._expect()
 
     def publish(self) -> dict[str, float]:
@@ -93,6 +96,10 @@ class WeightSync:
                 "its precision is far off"
             )
         return {"sync/mean_abs": gap, "sync/max_abs": gaps.max().item()}
+
+    def rollout_weights(self) -> tuple[int, Mapping[str, Tensor]]:
+        """(version, weights) that the engine holds, as exactly as they are known; every rank must call it."""
+        return self.history.stale() if self.history.staleness else (self.actor.updates, self._weights())
 
     def restore(self, snapshots: dict[int, dict[str, Tensor]], expected: dict[int, list[Tensor]]) -> None:
         """Continue with the snapshots of a checkpoint."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.replay import RouterReplay, padded_experts
+from model.replay import RouterReplay, laid_out
 from model.routing import RoutingRecorder, find_routers
 from tests.model.test_routing import FAMILIES, SMALL, model_of
 
@@ -128,7 +128,7 @@ def test_gradient_checkpointing_replays_the_same_experts_again() -> None:
 
 def test_padding_is_not_replayed() -> None:
     long, short = torch.ones(5, 3, 2, dtype=torch.uint8), torch.full((2, 3, 2), 7, dtype=torch.uint8)
-    experts, known = padded_experts([long, short], 6, torch.device("cpu"))
+    experts, known = laid_out([long, short], [6, 6], torch.device("cpu"))
     assert experts.shape == (3, 12, 2)
     assert known.tolist() == [True] * 5 + [False] + [True] * 2 + [False] * 4
     assert torch.equal(experts[:, :5], long.transpose(0, 1))
