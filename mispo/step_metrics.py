@@ -149,7 +149,16 @@ def _routing(
     seen_B = torch.stack([t.routing_confidence for t in trajectories if t.routing_confidence is not None])
     mine_B = torch.tensor([float(len(t)) for t in trajectories])
     return {
-        **routing_metrics(policy.confidence_LN, policy.experts_LNk, num_experts, ranks.sum),
+        **routing_metrics(
+            policy.confidence_LN,
+            None,
+            policy.experts_LNk,
+            own_LNk=policy.experts_LNk,
+            rollout_LNk=None,
+            num_experts=num_experts,
+            low_L=None,
+            reduce=ranks.sum,
+        ),
         **rollout_confidence(seen_B, mine_B, ranks.sum),
     }
 

@@ -29,7 +29,18 @@ INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
 """Seconds that the last upload may hold up the end of a run; what is left stays on disk for `wandb sync`."""
 
-HIDDEN = ("moe/confidence/layer_*", "mis/accept_len/*")
+BY_LAYER = (
+    "confidence",
+    "confidence_norm",
+    "low_confidence",
+    "margin",
+    "violation",
+    "dead_experts",
+    "expert_agreement",
+)
+"""Routing metrics that have a series for each MoE layer."""
+
+HIDDEN = (*(f"moe/{name}/layer_*" for name in BY_LAYER), "mis/accept_len/*")
 """Many-series metrics: recorded, but left out of W&B's automatic charts."""
 
 
