@@ -127,6 +127,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
                 packed=layout.packed,
                 tolerance=config.rollout.parity_tolerance,
                 temperature=config.rollout.temperature,
+                exact=config.router.attribute_every > 0,
             )
             worker = RolloutWorker(
                 engine,
@@ -196,6 +197,7 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             resumed=progress is not None,
             last_checkpoint=checkpoint,
             step=progress.step if progress else 0,
+            low_L=torch.tensor(progress.low_confidence) if progress and progress.low_confidence else None,
         )
     except BaseException:
         pool.close()

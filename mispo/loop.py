@@ -15,12 +15,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from model.balance import update_bias
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, group_advantages, monte_carlo, terminal_values, whiten
 from mispo.algorithm.filter import Proposal, Selection
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
+from mispo.attribute import attribute_step
+from mispo.monitor.routing import expert_load
 from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
 from mispo.share_out import share_out
@@ -69,6 +72,7 @@ def train_step(run: Run, step: int) -> None:
         with timer("score"):
             batch, trajectories, shared = pack_step(run, trajectories)
             batch, policy, values, reference_N = score(run, batch)
+        run.fit_thresholds(policy.routing)
         run.stop_if_asked(step - 1, cursor)
         advantages_N, targets_N, included_N = judge(run, batch, values)
         selection = select(run, batch, policy.logprobs_N, step)
@@ -80,11 +84,13 @@ def train_step(run: Run, step: int) -> None:
             reference=reference_N,
         )
         lags_B = torch.tensor([run.actor.updates - t.weight_version for t in trajectories])
-        record = StepRecord(batch, trajectories, policy, values, targets_N, selection, lags_B)
+        record = StepRecord(batch, trajectories, policy, values, targets_N, selection, lags_B, run.low_L)
         # Before the updates: should they fail, the batch is there to be replayed.
         run.save_rollouts(step, record, samples)
-        with timer("attribute"):
-            attributed = attribute_step(run, step, record) if run.attributes(step) else {}
+        attributed = {}
+        if run.attributes(step):
+            with timer("attribute"):
+                attributed = attribute_step(run, step, record)
         value_loss = learn_values(run, batch, values, targets_N, included_N)
         with timer("critic"):
             critic_updates = update_values(run, batch, value_loss, step)
@@ -258,7 +264,7 @@ def balance(run: Run, policy: PolicyScores) -> None:
     """Even out the load of the experts for the next step (router.bias_update_rate), by that of this step."""
     rate = run.config.router.bias_update_rate
     if rate and policy.routing:
-        load_LE = run.ranks.sum(expert_load(policy.routing.own, run.num_experts))
+        load_LE = expert_load(policy.routing.experts, run.num_experts, run.ranks.sum)
         update_bias(run.actor.module.policy, load_LE, rate)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mispo.algorithm.objective import Samples
@@ -22,11 +23,14 @@ from mispo.data import Data
 from mispo.evaluate import Evaluator, sample_rows
 from mispo.interrupt import Interrupt
 from mispo.method import Method
+from mispo.monitor.advice import paragraph
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, eval_line
 from mispo.monitor.files import replacing
 from mispo.monitor.flops import peak_flops
 from mispo.monitor.records import save_rollouts, save_samples
+from mispo.monitor.routing import low_thresholds
+from mispo.monitor.standing import Standing
 from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
 from mispo.step_metrics import StepRecord
@@ -36,6 +40,7 @@ from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks, max_memory_gb
 from mispo.trainer.weights import NoSync, WeightSync
+from model.routing import Routing
 from rewards.shaping import overlong_penalty
 from rewards.workers import RewardPool
 from rollouts.trajectory import Trajectory
@@ -62,7 +67,8 @@ class Run:
 
     tracker, printer: on the first rank only. critic, reference: where the method has them. worker: where trajectories
     are sampled and not replayed. collect(run, step, timer): this rank's graded trajectories of a step, and metrics.
-    score: greedy accuracy on the held-out problems, if this step has measured it.
+    score: greedy accuracy on the held-out problems, if this step has measured it. low_L: confidence of each MoE layer
+    below which a token counts as unsure, from the first step.
     """
 
     config: MispoConfig
@@ -91,6 +97,8 @@ class Run:
     last_checkpoint: Path | None = None
     step: int = 0
     score: float | None = None
+    low_L: Tensor | None = None
+    told_standing: bool = False
 
     @property
     def wandb_id(self) -> str | None:
@@ -121,6 +129,23 @@ class Run:
     def due(self, every: int, step: int) -> bool:
         """Whether something of every so many steps (0 = only the last one) is due."""
         return step == self.config.trainer.steps or (every > 0 and step % every == 0)
+
+    def attributes(self, step: int) -> bool:
+        """Whether this step's mismatch is attributed: the first one's of a run, then every router.attribute_every."""
+        router = self.config.router
+        wanted = step == 1 or (router.attribute_every > 0 and self.due(router.attribute_every, step))
+        return wanted and router.record and self.num_experts > 0 and self.worker is not None
+
+    def fit_thresholds(self, routing: Routing | None) -> None:
+        """What counts as low routing confidence in this run, once: see `low_thresholds`."""
+        if routing is not None and self.low_L is None:
+            self.low_L = low_thresholds(routing.confidence, self.ranks.sum)
+
+    def say_standing(self, standing: Standing) -> None:
+        """Advice on routing, where it is first known."""
+        if self.printer and not self.told_standing:
+            self.printer.console.print(f"routing: {paragraph(standing)}", markup=False, highlight=False)
+        self.told_standing = True
 
     def report_baseline(self) -> None:
         """Row 0: the state before RL, with reference values, traces and notes."""
@@ -228,6 +253,7 @@ class Run:
                     filter_state=self.method.filter.state(),
                     alarms_seen=self.alarms.seen,
                     score=self.score,
+                    low_confidence=None if self.low_L is None else self.low_L.tolist(),
                 ),
                 actor=self.actor,
                 critic=self.critic,

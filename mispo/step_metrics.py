@@ -22,13 +22,14 @@ from mispo.trainer.batch import Batch
 from mispo.trainer.engine import Update
 from mispo.trainer.ranks import Ranks
 from mispo.trainer.scoring import PolicyScores, Values
+from model.routing import Routing
 from rollouts.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """A step before its updates, on this rank. values, targets_N: None without a critic. lags_B: actor updates that
-    each trajectory's weights were behind the trainer's."""
+    each trajectory's weights were behind the trainer's. low_L: `low_thresholds`, None for a dense model."""
 
     batch: Batch
     trajectories: Sequence[Trajectory]
@@ -37,6 +38,7 @@ class StepRecord:
     targets_N: Tensor | None
     selection: Selection
     lags_B: Tensor
+    low_L: Tensor | None
 
 
 def step_metrics(
@@ -85,7 +87,7 @@ def step_metrics(
         "actor/entropy": (entropy_B.sum() / tokens).item(),
         **mismatch_metrics(sums, sizes_H),
         **acceptance_metrics(everything, lengths_B, rewards_B, lags_B),
-        **_routing(ranks, record.trajectories, policy, num_experts),
+        **_routing(ranks, record, num_experts),
     }
     if not truncated_B.all():
         metrics["reward/finished_mean"] = rewards_B[~truncated_B].mean().item()
@@ -141,26 +143,35 @@ def _critic(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]
     return {"critic/vf_explained_var": explained, "critic/value_mean": v / n}
 
 
-def _routing(
-    ranks: Ranks, trajectories: Sequence[Trajectory], policy: PolicyScores, num_experts: int
-) -> dict[str, float]:
-    if policy.confidence_LN is None or policy.experts_LNk is None:
+def _routing(ranks: Ranks, record: StepRecord, num_experts: int) -> dict[str, float]:
+    routing, trajectories = record.policy.routing, record.trajectories
+    if routing is None:
         return {}
-    seen_B = torch.stack([t.routing_confidence for t in trajectories if t.routing_confidence is not None])
+    recorded = not ranks.any(any(t.routed_experts is None for t in trajectories))
+    seen = [t.routing_confidence for t in trajectories if t.routing_confidence is not None]
+    seen_BL = torch.stack(seen) if seen else torch.zeros(0, len(routing.confidence))
     mine_B = torch.tensor([float(len(t)) for t in trajectories])
     return {
         **routing_metrics(
-            policy.confidence_LN,
-            None,
-            policy.experts_LNk,
-            own_LNk=policy.experts_LNk,
-            rollout_LNk=None,
+            routing.confidence,
+            routing.margin,
+            routing.experts,
+            own_LNk=routing.own,
+            rollout_LNk=rollout_experts(trajectories, routing) if recorded else None,
             num_experts=num_experts,
-            low_L=None,
+            low_L=record.low_L,
             reduce=ranks.sum,
         ),
-        **rollout_confidence(seen_B, mine_B, ranks.sum),
+        **rollout_confidence(seen_BL, mine_B, ranks.sum),
     }
+
+
+def rollout_experts(trajectories: Sequence[Trajectory], routing: Routing) -> Tensor:
+    """What the rollout activated where the scored tokens were decided: [L, N, k], as the trainer's `routing`."""
+    if not trajectories:
+        return routing.own
+    decided = [t.routed_experts[len(t.prompt_ids) - 1 :][t.action_mask] for t in trajectories]
+    return torch.cat(decided).transpose(0, 1)
 
 
 def _updates(name: str, updates: Sequence[Update | None]) -> dict[str, float]:

@@ -35,7 +35,10 @@ from model.lora import MergedWeights, has_lora, trained
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; saved in state.json. score: greedy held-out accuracy, if it was measured at this step."""
+    """How far a run is; saved in state.json.
+
+    score: greedy held-out accuracy, if it was measured at this step. low_confidence: per MoE layer, what counts as that.
+    """
 
     step: int
     cursor: int
@@ -45,6 +48,7 @@ class Progress:
     filter_state: dict[str, float]
     alarms_seen: dict[str, int]
     score: float | None
+    low_confidence: list[float] | None
 
 
 def save_checkpoint(
