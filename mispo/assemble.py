@@ -59,10 +59,12 @@ WARM_START_LINES = 10
 """Lines that the warm start prints."""
 
 
-def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence[Path] = ()) -> Run:
+def build_run(
+    config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence[Path] = (), tracked: bool = True
+) -> Run:
     """Everything between the config and the first step. ValueError for what the user can mend.
 
-    replay: files of trajectories that stand in for the rollout engine, one per step.
+    replay: files of trajectories that stand in for the rollout engine, one per step. tracked: write metrics.
     """
     disable_progress_bar()  # of saving and loading weights: it would tear the step lines
     checkpoint, torn = newest_checkpoint(directory / "checkpoints") if resume else (None, [])
@@ -151,13 +153,14 @@ def build_run(config: MispoConfig, directory: Path, *, resume: bool, replay: Seq
             alarms.seen = dict(progress.alarms_seen)
         tracker = None
         if ranks.first:
-            tracker = Tracker(
-                directory,
-                settings=config.tracking,
-                config=asdict(config),
-                resume_step=progress.step if progress else None,
-                wandb_id=progress.wandb_id if progress else None,
-            )
+            if tracked:
+                tracker = Tracker(
+                    directory,
+                    settings=config.tracking,
+                    config=asdict(config),
+                    resume_step=progress.step if progress else None,
+                    wandb_id=progress.wandb_id if progress else None,
+                )
             say(about, highlight=False, style="dim")
             if replay:
                 say(REPLAY.format(len(replay), "" if len(replay) == 1 else "s"), highlight=False, style="dim")

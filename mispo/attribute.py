@@ -59,21 +59,20 @@ def measure(run: Run, record: StepRecord) -> tuple[Attribution, Standing]:
     def everyone(x_B: Tensor) -> Tensor:
         return run.ranks.gather(x_B, sample.batch.position_B, limit)
 
-    free, replayed = (telescope(run, sample, replay=replay) for replay in (False, True))
-    log_x_N, log_x_replayed_N = (sum(parts.values(), torch.zeros(())) for parts in (free, replayed))
+    free = telescope(run, sample, replay=False)
+    recorded = run.config.router.record and run.num_experts > 0
+    replayed = telescope(run, sample, replay=True) if recorded else None
     replaying = run.config.router.replay == "rollout"
-    at, routing = record.batch.tokens_of(members), record.policy.routing
-    assert routing is not None, "a dense model has no routing to attribute anything to"
-    seen = routing.at(at)
+    seen = record.policy.routing and record.policy.routing.at(record.batch.tokens_of(members))
     windows_B2 = record.selection.window_B2
     bounds = torch.tensor(run.config.algorithm.filter.trajectory_bounds, dtype=torch.float64)
     standing = standing_of(
-        log_x_N=log_x_N,
-        log_x_replayed_N=log_x_replayed_N,
-        weights_part_N=(replayed if replaying else free)["weights"],
-        confidence_N=seen.confidence.mean(0),
-        agreement_N=mean_agreement(seen.own, rollout_experts(sample.trajectories, seen)),
-        chance=seen.experts.shape[-1] / run.num_experts,
+        log_x_N=torch.stack(list(free.values())).sum(0),
+        log_x_replayed_N=torch.stack(list(replayed.values())).sum(0) if replayed else None,
+        weights_part_N=(replayed if replayed and replaying else free)["weights"],
+        confidence_N=seen.confidence.mean(0) if seen else None,
+        agreement_N=mean_agreement(seen.own, rollout_experts(sample.trajectories, seen)) if seen and recorded else None,
+        chance=seen.experts.shape[-1] / run.num_experts if seen else math.nan,
         offsets_B1=sample.batch.offsets_B1,
         log_window_B2=(bounds if windows_B2 is None else windows_B2[members]).log(),
         replaying=replaying,

@@ -39,7 +39,9 @@ EPILOG = """examples:
   mispo train -m seed=0,1,2                         a sweep, one process per run
   mispo train --resume runs/try trainer.steps=20
   mispo train --replay runs/try/rollouts/step_3.parquet model.path=runs/try/checkpoints/step_2/actor model.preset=null
-  mispo report runs/try"""
+  mispo report runs/try
+  mispo attribute runs/try                          where its rollouts and its trainer disagree
+  mispo attribute runs/try rollout.dtype=bf16       … and where they would"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html and curve.png of a run again")
     report.add_argument("run", type=Path, metavar="RUN")
     report.set_defaults(command=_report)
+    attribute = commands.add_parser(
+        "attribute", help="sample from a run's last checkpoint and say where rollout and trainer disagree"
+    )
+    attribute.add_argument("run", type=Path, metavar="RUN")
+    attribute.add_argument("overrides", nargs="*", metavar="key=value", help="what if it were so; nothing is changed")
+    attribute.set_defaults(command=_attribute)
     return parser
 
 
@@ -290,6 +298,35 @@ def _report(options: argparse.Namespace) -> int:
     from mispo.monitor.report import write_report
 
     say(str(write_report(options.run)))
+    return 0
+
+
+def _attribute(options: argparse.Namespace) -> int:
+    config = config_from_file(options.run / "config.yaml", options.overrides)
+    if not any((options.run / "checkpoints").glob("step_*/state.json")):
+        raise ValueError(
+            f"{options.run}: no checkpoint yet; attribution needs one, written every checkpoint.every steps"
+        )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from mispo.assemble import build_run
+    from mispo.loop import attribute_next
+    from mispo.monitor.advice import paragraph
+    from mispo.monitor.attribution import attribution_table, write_attribution
+    from mispo.monitor.console import make_console
+
+    run = build_run(config, options.run, resume=True, tracked=False)
+    try:
+        step, attribution, standing = attribute_next(run)
+        if run.ranks.first:
+            path = write_attribution(options.run, step, attribution, standing)
+            console = make_console()
+            console.print(attribution_table(attribution), highlight=False)
+            console.print(paragraph(standing), markup=False, highlight=False)
+            console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
+    except BaseException:
+        run.close(1)
+        raise
+    run.close(0)
     return 0
 
 

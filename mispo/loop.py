@@ -15,15 +15,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from model.balance import update_bias
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, group_advantages, monte_carlo, terminal_values, whiten
+from mispo.algorithm.attribution import Attribution
 from mispo.algorithm.filter import Proposal, Selection
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
-from mispo.attribute import attribute_step
+from mispo.attribute import attribute_step, measure
 from mispo.monitor.routing import expert_load
+from mispo.monitor.standing import Standing
 from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
 from mispo.share_out import share_out
@@ -32,6 +33,7 @@ from mispo.trainer.batch import Batch, pack
 from mispo.trainer.engine import Update
 from mispo.trainer.scoring import PolicyScores, Values, score_logprobs, score_policy, score_values
 from mispo.trainer.update import ValueLoss, update_actor, update_critic, value_updates
+from model.balance import update_bias
 from rollouts.trajectory import Trajectory
 
 
@@ -83,7 +85,7 @@ def train_step(run: Run, step: int) -> None:
             included=included_N,
             reference=reference_N,
         )
-        lags_B = torch.tensor([run.actor.updates - t.weight_version for t in trajectories])
+        lags_B = lags(run, trajectories)
         record = StepRecord(batch, trajectories, policy, values, targets_N, selection, lags_B, run.low_L)
         # Before the updates: should they fail, the batch is there to be replayed.
         run.save_rollouts(step, record, samples)
@@ -117,6 +119,21 @@ def train_step(run: Run, step: int) -> None:
     if stop:
         raise RuntimeError(f"alarms.action=stop: {stop}")
     run.stop_if_asked(step)
+
+
+def attribute_next(run: Run) -> tuple[int, Attribution, Standing]:
+    """Where the mismatch of the step after the last checkpoint comes from; it is sampled and scored, not learnt from."""
+    step = run.start_step + 1
+    batch, trajectories, _ = pack_step(run, run.collect(run, step, Timer(run.watchdog))[0])
+    batch, policy, values, _ = score(run, batch)
+    selection = select(run, batch, policy.logprobs_N, step)
+    record = StepRecord(batch, trajectories, policy, values, None, selection, lags(run, trajectories), run.low_L)
+    return step, *measure(run, record)
+
+
+def lags(run: Run, trajectories: list[Trajectory]) -> Tensor:
+    """Actor updates that the weights of each trajectory are behind, [B]."""
+    return torch.tensor([run.actor.updates - t.weight_version for t in trajectories])
 
 
 def pack_step(run: Run, trajectories: list[Trajectory]) -> tuple[Batch, list[Trajectory], dict[str, float]]:

@@ -132,9 +132,8 @@ class Run:
 
     def attributes(self, step: int) -> bool:
         """Whether this step's mismatch is attributed: the first one's of a run, then every router.attribute_every."""
-        router = self.config.router
-        wanted = step == 1 or (router.attribute_every > 0 and self.due(router.attribute_every, step))
-        return wanted and router.record and self.num_experts > 0 and self.worker is not None
+        every = self.config.router.attribute_every
+        return self.worker is not None and (step == 1 or (every > 0 and self.due(every, step)))
 
     def fit_thresholds(self, routing: Routing | None) -> None:
         """What counts as low routing confidence in this run, once: see `low_thresholds`."""

@@ -119,8 +119,6 @@ BELONGS: dict[str, tuple[str, tuple[object, ...]]] = {
     "critic.warmup_steps": ("algorithm.advantage", ("gae",)),
     "critic.value_clip": ("algorithm.advantage", ("gae",)),
     "critic.train_on_truncated": ("algorithm.advantage", ("gae",)),
-    "router.attribute_every": ("router.record", (True,)),
-    "router.attribute_trajectories": ("router.record", (True,)),
 }
 """Key → (the key that decides whether it is read, at which values). Set without being read, it is an error."""
 

@@ -281,14 +281,14 @@ class TrainerConfig:
 @dataclass
 class RouterConfig:
     """The routers of a MoE: which experts the trainer activates, what is learnt and what is measured. Ours, but for
-    `replay`. A dense model refuses what is set here."""
+    `replay`."""
 
     replay: str = "off"
     """Which experts the actor activates: off: its routers decide; rollout: those of the rollout, in scoring and in the
     updates (R3; report §5.2.3: for models of low routing confidence); old: those of π_old, in the updates (R2). Their
     weights always come from the actor's own logits. Never in the critic."""
     record: bool = True
-    """Keep which experts the rollout activated at every position: for moe/expert_agreement, attribution and replay.
+    """Keep which experts the rollout activated at every position: for moe/expert_agreement, advice and replay.
     MoE layers × top-k × 1 byte per token (2 with more than 256 experts); `--dry-run` tells how much that is."""
     freeze: bool = False
     """Leave the routers as they are. Weights of the experts still change with what comes before them."""
