@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mispo.config.schema import MispoConfig
+from mispo.monitor.attribution import attribution_section
 from mispo.monitor.console import summary_rows
 from mispo.monitor.figure import draw_curve
 from mispo.monitor.files import replacing
@@ -28,7 +29,7 @@ def write_report(run_dir: Path) -> Path:
 
     Needs metrics.jsonl and config.yaml (ValueError naming what is missing or broken). Shows what there is of
     samples_before.jsonl, samples_after.jsonl and notes.json, and says what there is not; so a run that was
-    stopped early has a report too.
+    stopped early has a report too. Shows attribution/step_N.json where there is one.
     """
     missing = [name for name in ("metrics.jsonl", "config.yaml") if not (run_dir / name).is_file()]
     if missing:
@@ -44,12 +45,14 @@ def write_report(run_dir: Path) -> Path:
     with replacing(run_dir / "curve.png") as temporary:
         draw_curve(rows, temporary)
     changed = differences(config, dataclasses.asdict(MispoConfig()))
+    attributed = attribution_section(run_dir)
     sections = [
         ("Held-out problems", _summary(rows)),
         (
             "Curves",
             image((run_dir / "curve.png").read_bytes(), "reward, length, acceptance and routing by step"),
         ),
+        *([] if attributed is None else [("Where the mismatch comes from", attributed)]),
         ("Notes", bullets([*own_notes(rows, config), *read_notes(run_dir / "notes.json")])),
         ("Traces before and after", _traces(before, after)),
         ("Configuration, where it differs from the defaults", table((), changed, numbers=False)),
