@@ -25,6 +25,7 @@ from mispo.models import (
     build_rollout_engine,
     build_value_head,
     check_context,
+    check_routers,
     keep_base,
     num_experts,
     open_policy,
@@ -46,6 +47,7 @@ from mispo.trainer.ranks import Ranks, max_memory_gb
 from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.weights import NoSync, WeightSync
 from mispo.warm_start import warm_start
+from model.balance import freeze_routers
 from rewards.workers import RewardPool, RewardSpec
 from rollouts.staleness import WeightHistory
 from rollouts.worker import RolloutWorker
@@ -83,6 +85,7 @@ def build_run(
             say(f"left out: {problem}", highlight=False, markup=False, soft_wrap=True)
         policy, tokenizer = open_policy(config, directory, checkpoint)
         check_context(policy, config)
+        check_routers(policy, config)
         data = build_data(config.data, tokenizer)
         policy.to(ranks.device)
         if checkpoint is None and config.warm_start.steps:
@@ -98,6 +101,8 @@ def build_run(
             if checkpoint is None and ranks.first:
                 keep_base(policy, tokenizer, config, directory)
             add_adapters(policy, critic, config, dtype, checkpoint)
+        if config.router.freeze:
+            freeze_routers(policy)
         # Now: under ZeRO-3 the trainer's weights will have no shape.
         about, experts = summary(policy, config, ranks, dtype, layout), num_experts(policy)
         vocabulary = policy.config.get_text_config().vocab_size

@@ -122,7 +122,7 @@ def train_step(run: Run, step: int) -> None:
 
 
 def attribute_next(run: Run) -> tuple[int, Attribution, Standing]:
-    """Where the mismatch of the step after the last checkpoint comes from; it is sampled and scored, not learnt from."""
+    """Where the mismatch of the step after the last checkpoint comes from; it is sampled and scored, no more."""
     step = run.start_step + 1
     batch, trajectories, _ = pack_step(run, run.collect(run, step, Timer(run.watchdog))[0])
     batch, policy, values, _ = score(run, batch)

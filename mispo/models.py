@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mispo.config.schema import MispoConfig
+from mispo.config.schema import MispoConfig, RouterConfig
 from mispo.trainer.batch import Layout
 from mispo.trainer.policy import ActorModule, Reference, compute_dtype
 from mispo.trainer.ranks import Ranks
@@ -75,6 +75,14 @@ def check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
             f"rollout.max_new_tokens: with data.max_prompt_tokens a trajectory may have {longest} tokens, but the "
             f"model has {positions} positions; lower one of the two"
         )
+
+
+def check_routers(policy: PreTrainedModel, config: MispoConfig) -> None:
+    """ValueError for settings of the routers in a model without any."""
+    router, defaults = config.router, RouterConfig()
+    for name in ("replay", "freeze", "bias_update_rate"):
+        if getattr(router, name) != getattr(defaults, name) and not find_routers(policy):
+            raise ValueError(f"router.{name}: {type(policy).__name__} is dense, it has no routers; leave it out")
 
 
 def build_critic(

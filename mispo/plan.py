@@ -20,6 +20,7 @@ from mispo.monitor.console import make_console
 from mispo.trainer.logprob import CHUNK_BYTES
 from mispo.trainer.policy import compute_dtype
 from model.presets import preset_config
+from model.routing import find_routers, smallest_integer
 from model.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 
@@ -94,6 +95,16 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
     named = {"adamw": "Adam", "muon": "Muon"}[config.trainer.optimizer]
     parts = f"fp32 weights, gradients, {named}" if not rank else f"frozen weights; adapters, gradients, {named}"
     reference = [("reference policy", f"{size(4 * count)} (algorithm.kl, a whole copy)")] if config.algorithm.kl else []
+    routers = find_routers(model)
+    recorded = []
+    if routers and config.router.record:
+        item = smallest_integer(routers[0].module.weight.shape[0]).itemsize
+        each = len(routers) * text.num_experts_per_tok * item
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        most = each * longest * config.rollout.prompts_per_step * config.rollout.samples_per_prompt / ranks
+        recorded = [
+            ("experts of the rollout", f"{each} bytes a token, at most {size(most)} on the host (router.record)")
+        ]
     return [
         ("parameters", f"{count / 1e6:.2f} M{', and about as many again for the critic' if separate else ''}"),
         *([("adapters", f"{learning / 1e6:.2f} M parameters per model (model.lora.rank {rank})")] if rank else []),
@@ -102,6 +113,7 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         *reference,
         ("rollout copy", f"{size(count * rollout_bytes)}"),
         ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
+        *recorded,
         ("logits", f"{size(3 * min(tokens * text.vocab_size * 4, CHUNK_BYTES))} (of one chunk, softmax and gradient)"),
         ("old weights", f"{size((config.rollout.staleness + 1) * count * rollout_bytes)} (rollout.staleness)")
         if config.rollout.staleness

@@ -37,7 +37,7 @@ from model.lora import MergedWeights, has_lora, trained
 class Progress:
     """How far a run is; saved in state.json.
 
-    score: greedy held-out accuracy, if it was measured at this step. low_confidence: per MoE layer, what counts as that.
+    score: greedy held-out accuracy, if it was measured at this step. low_confidence: what counts as it, per MoE layer.
     """
 
     step: int
