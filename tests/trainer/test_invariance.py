@@ -52,8 +52,8 @@ class Plain:
         return {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
 
 
-def batch_of(seed: int) -> tuple[Batch, Samples]:
-    """Six trajectories of 2 to 24 tokens, some of them rejected, one left out."""
+def batch_of(seed: int, *, replay: bool = False) -> tuple[Batch, Samples]:
+    """Six trajectories of 2 to 24 tokens, some of them rejected, one left out; replay: with experts for the routers."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, LONGEST + 1, (COUNT,), generator=generator)
     ids = [torch.randint(7, 90, (int(n),), generator=generator) for n in lengths]
@@ -73,6 +73,9 @@ def batch_of(seed: int) -> tuple[Batch, Samples]:
         included_B=torch.arange(COUNT) != 1,
         position_B=torch.arange(COUNT),
         total=COUNT,
+        experts=[torch.rand(len(i) - 1, 3, 8, generator=generator).topk(2).indices.byte() for i in ids]
+        if replay
+        else None,
     )
     included = owner != 1
     weights = (noise > -1).float() * (owner != 3) * included
@@ -88,7 +91,9 @@ def reordered(batch: Batch, samples: Samples, order: list[int]) -> tuple[Batch, 
 def engines() -> tuple[Plain, Plain]:
     policy, _ = build_policy("micro", None, seed=0)
     critic = Critic.from_policy(policy, 0.1, 0)
-    return Plain("actor", ActorModule(policy, torch.float32)), Plain("critic", CriticModule(critic, torch.float32))
+    return Plain("actor", ActorModule(policy, torch.float32, replays=True)), Plain(
+        "critic", CriticModule(critic, torch.float32)
+    )
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -97,13 +102,16 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert (gradient - b[name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("norm", ["tokens", "accepted", "sequence", "constant"])
+@pytest.mark.parametrize(
+    ("norm", "replay"),
+    [("tokens", False), ("tokens", True), ("accepted", False), ("sequence", False), ("constant", True)],
+)
 @settings(max_examples=4)
 @given(seed=st.integers(0, 1000), order=st.permutations(range(COUNT)), layout=LAYOUTS)
 def test_the_actors_gradient(
-    engines: tuple[Plain, Plain], norm: str, seed: int, order: list[int], layout: Layout
+    engines: tuple[Plain, Plain], norm: str, replay: bool, seed: int, order: list[int], layout: Layout
 ) -> None:
-    batch, samples = batch_of(seed)
+    batch, samples = batch_of(seed, replay=replay)
     losses: list[PolicyLoss] = [
         mispo_loss,
         partial(ppo_loss, clip=(0.2, 0.2), dual_clip=3.0),
