@@ -29,7 +29,8 @@ class ModelConfig:
     """The policy. Exactly one of `preset` and `path` is set."""
 
     preset: str | None = None
-    """Random weights of a built-in shape: micro, tiny or small. Needs `warm_start.steps` to be of any use."""
+    """Random weights of a built-in shape: micro, tiny, small (93 M parameters), base (1 B) or flash (197 B: Step 3.5
+    Flash). Needs `warm_start.steps` to be of any use."""
     path: str | None = "stepfun-ai/Step-3.5-Flash"
     """A Hugging Face causal LM: a directory, or a hub id."""
     trust_remote_code: bool = False
