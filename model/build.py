@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from model.dispatch import use_grouped_experts
 from model.presets import preset_config
 from model.routing import keep_router_fp32
 from model.step import StepForCausalLM
@@ -21,7 +22,7 @@ def build_policy(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, in float32 and training mode, routers kept in float32, and its tokenizer.
+    """The policy, in float32 and training mode, routers kept in float32, experts grouped, and its tokenizer.
 
     Exactly one of preset (random weights from `seed`) and path (a directory or hub id) is given.
     ValueError for an unknown preset, a path that is no causal LM, or a tokenizer without what RL needs.
@@ -62,6 +63,7 @@ def _load(path: str, attention: str, trust_remote_code: bool) -> tuple[PreTraine
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model.path: {path!r} does not open as a causal LM: {error}") from error
+    use_grouped_experts(model)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
