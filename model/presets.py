@@ -56,11 +56,12 @@ PRESETS = {
 
 
 def preset_config(
-    name: str, *, vocab_size: int = VOCABULARY, pad_token_id: int, eos_token_id: int
+    name: str, *, vocab_size: int = VOCABULARY, pad_token_id: int, eos_token_id: int, mtp: int = 0
 ) -> Step3p7TextConfig:
     """Configuration of a preset. ValueError for an unknown name, with the nearest one.
 
-    Layer 0 attends to everything; then three sliding layers to each full one. Dense layers first, then MoE.
+    Layer 0 attends to everything; then three sliding layers to each full one. Dense layers first, then MoE. mtp: heads
+    that draft further tokens; the published model has 3.
     """
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, 1)
@@ -88,6 +89,9 @@ def preset_config(
         moe_router_scaling_factor=3.0,
         swiglu_limits=_limits(p.layers, p.routed_clips, ROUTED_CLIP),
         swiglu_limits_shared=_limits(p.layers, p.shared_clips, SHARED_CLIP),
+        num_nextn_predict_layers=mtp,
+        mtp_layer_types=["sliding_attention"] * mtp,
+        mtp_mlp_layer_types=["dense"] * mtp,
         max_position_embeddings=p.positions,
         initializer_range=0.02 if p.hidden >= 512 else 0.05,
         rope_parameters={
