@@ -17,6 +17,7 @@ from mispo.trainer.policy import ActorModule, Reference, compute_dtype
 from mispo.trainer.ranks import Ranks
 from model.build import build_policy
 from model.critic import Critic, ValueHead
+from model.dispatch import experts_in_use
 from model.lora import add_lora, load_trained
 from model.routing import find_routers, keep_router_fp32
 from rollouts.native import NativeEngine
@@ -38,6 +39,7 @@ def open_policy(
         preset,
         path,
         seed=config.seed,
+        mtp=config.model.mtp if preset else 0,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -193,12 +195,13 @@ def num_experts(policy: nn.Module) -> int:
     return routers[0].module.weight.shape[0] if routers else 0
 
 
-def summary(policy: nn.Module, config: MispoConfig, ranks: Ranks, dtype: torch.dtype, layout: Layout) -> str:
+def summary(policy: PreTrainedModel, config: MispoConfig, ranks: Ranks, dtype: torch.dtype, layout: Layout) -> str:
+    """One line about the model and how it is computed."""
     count = sum(parameter.numel() for parameter in policy.parameters())
-    experts = sorted({type(m).__name__ for name, m in policy.named_modules() if name.endswith(".experts")})
+    experts = experts_in_use(policy)
     return (
         f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {len(find_routers(policy))} MoE layers"
-        f"{' (' + ', '.join(experts) + ')' if experts else ''}, {ranks.size} × {ranks.device.type}, "
+        f"{f' (experts: {experts})' if experts else ''}, {ranks.size} × {ranks.device.type}, "
         f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
         f"{', packed' if layout.packed else ''}"
     )

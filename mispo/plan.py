@@ -19,6 +19,7 @@ from mispo.config.schema import MispoConfig
 from mispo.monitor.console import make_console
 from mispo.trainer.logprob import CHUNK_BYTES
 from mispo.trainer.policy import compute_dtype
+from model.build import let_drafts_learn
 from model.presets import preset_config
 from model.routing import find_routers, smallest_integer
 from model.step import StepForCausalLM
@@ -77,10 +78,11 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         return [("unknown", f"the model's configuration does not open: {str(error).splitlines()[0]}")]
     with torch.device("meta"):
         model = StepForCausalLM(shape) if config.model.preset else AutoModelForCausalLM.from_config(shape)
+    let_drafts_learn(model, False)
     count = sum(parameter.numel() for parameter in model.parameters())
     stage, rank = config.trainer.zero_stage, config.model.lora.rank
     learning, states = _learning(model, config)
-    frozen = count * compute_dtype(config.trainer.dtype, device).itemsize if rank else 0
+    frozen = count * compute_dtype(config.trainer.dtype, device).itemsize if rank else 4 * (count - learning)
     weights, grads, optimizer = (
         bytes_ / (ranks if stage >= first else 1)
         for bytes_, first in ((4 * learning + frozen, 3), (4 * learning, 2), (states, 1))
@@ -129,13 +131,15 @@ def _learning(model: PreTrainedModel, config: MispoConfig) -> tuple[int, int]:
             module
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
+            and module.weight.requires_grad
             and (any(name.endswith(target) for target in lora.targets) if lora.targets else name != "lm_head")
         ]
         count = sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
         return count, count * (4 if config.trainer.optimizer == "muon" else 8)
     ends = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    hidden = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in ends)
-    count = sum(p.numel() for p in model.parameters())
+    learning = [p for p in model.parameters() if p.requires_grad]
+    hidden = sum(p.numel() for p in learning if p.ndim >= 2 and id(p) not in ends)
+    count = sum(p.numel() for p in learning)
     return count, 8 * count - (4 * hidden if config.trainer.optimizer == "muon" else 0)
 
 
@@ -154,6 +158,7 @@ def _shape(config: MispoConfig) -> PreTrainedConfig:
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        mtp=config.model.mtp,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from model.dispatch import use_grouped_experts
 from model.presets import preset_config
 from model.routing import keep_router_fp32
 from model.step import StepForCausalLM
@@ -18,12 +19,14 @@ def build_policy(
     path: str | None,
     *,
     seed: int = 0,
+    mtp: int = 0,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, in float32 and training mode, routers kept in float32, and its tokenizer.
+    """The policy, in float32 and training mode, routers kept in float32, experts grouped, and its tokenizer.
 
-    Exactly one of preset (random weights from `seed`) and path (a directory or hub id) is given.
+    Exactly one of preset (random weights from `seed`) and path (a directory or hub id) is given. mtp: heads of a preset
+    that draft further tokens; they come frozen.
     ValueError for an unknown preset, a path that is no causal LM, or a tokenizer without what RL needs.
     """
     if (preset is None) == (path is None):
@@ -35,6 +38,7 @@ def build_policy(
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            mtp=mtp,
         )
         config._attn_implementation = attention
         with torch.random.fork_rng():
@@ -43,7 +47,15 @@ def build_policy(
     else:
         model, tokenizer = _load(str(path), attention, trust_remote_code)
     keep_router_fp32(model)
+    let_drafts_learn(model, False)
     return model.train(), tokenizer
+
+
+def let_drafts_learn(model: PreTrainedModel, learn: bool) -> None:
+    """Whether the heads that draft further tokens, if there are any, have gradients; no log-prob depends on them."""
+    heads = getattr(model, "mtp", None)
+    if heads is not None:
+        heads.requires_grad_(learn)
 
 
 def _load(path: str, attention: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -62,6 +74,7 @@ def _load(path: str, attention: str, trust_remote_code: bool) -> tuple[PreTraine
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model.path: {path!r} does not open as a causal LM: {error}") from error
+    use_grouped_experts(model)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

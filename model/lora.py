@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from model.routing import keep_router_fp32
 
+DRAFT_HEADS = r"mtp\..*"
+"""Names that get no adapter: no log-prob depends on these heads."""
 PLACE = ".base_layer."
 """In the name of a tensor: peft has put an adapter around its layer."""
 
@@ -29,7 +31,12 @@ def add_lora(
         raise ValueError("model.lora.rank: adapters need peft; pip install 'mispo[lora]'") from error
     model.to(dtype)
     keep_router_fp32(model)
-    wanted = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets) or "all-linear")
+    wanted = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets) or "all-linear",
+        exclude_modules=DRAFT_HEADS if getattr(model, "mtp", None) is not None else None,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same on every rank
         try:

@@ -1,12 +1,13 @@
 """The Step text model as a causal LM: transformers' own Step layers, grouped experts, a language-model head.
 
-A checkpoint carries this file and experts.py, so any process opens it with
+A checkpoint carries this file, experts.py and mtp.py, so any process opens it with
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`; after `import model` no remote code
 is needed.
 """
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
@@ -16,10 +17,14 @@ from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel, Step3p7TextModel
 
 from .experts import GroupedExperts
+from .mtp import MtpHeads
 
 
 class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
-    """Step 3.5 text decoder with a language-model head (report, section 2)."""
+    """Step 3.5 text decoder with a language-model head (report, section 2).
+
+    mtp: heads that draft further tokens, where config.num_nextn_predict_layers is not 0.
+    """
 
     config_class = Step3p7TextConfig
     config: Step3p7TextConfig
@@ -32,6 +37,10 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
             if kind == "sparse":
                 layer.mlp.experts = GroupedExperts(config, swiglu_limit=layer.mlp.experts.limit)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp: MtpHeads | None = None
+        if config.num_nextn_predict_layers:
+            with torch.random.fork_rng():  # the rest starts with the weights that it would have without the heads
+                self.mtp = MtpHeads(config)
         self.post_init()
 
     def forward(
@@ -71,6 +80,15 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def draft(self, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """input_ids [B, S] → logits [B, S, V], and those of the heads (see `MtpHeads`; [] without heads)."""
+        hidden: list[Tensor] = []
+        watch = self.model.norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        with watch:
+            output = self.model(input_ids=input_ids, use_cache=False)
+        drafts = [] if self.mtp is None else self.mtp(self.model, hidden[0], input_ids)
+        return self.lm_head(output.last_hidden_state), drafts
 
 
 StepForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -7,7 +7,7 @@ from mispo.config.schema import DataConfig, WarmStartConfig
 from mispo.data import build_data
 from mispo.traces import CAREFUL, careful_opening, careful_writer, count_bits_careful, terse
 from mispo.warm_start import backward_traces, schedule, warm_start
-from model.build import build_policy
+from model.build import build_policy, let_drafts_learn
 from rewards.gym import gym_reward
 from rollouts.trajectory import Prompt
 
@@ -72,6 +72,28 @@ def test_the_loss_is_one_mean_over_all_trace_tokens_whatever_the_parts() -> None
     assert losses == pytest.approx([total / tokens] * 2, rel=1e-5)
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_draft_heads_learn_with_their_weight_and_then_rest() -> None:
+    """The gradient is that of the loss plus the weighted loss of the heads; what is reported stays the model's own."""
+    model, tokenizer = build_policy("micro", None, mtp=2)
+    let_drafts_learn(model, True)
+    pairs = [(p.ids, torch.tensor(tokenizer("12", add_special_tokens=False).input_ids * 4)) for p in prompts()[:6]]
+    losses, gradients = [], []
+    for weight in (0.0, 0.5, 1.0):
+        model.zero_grad()
+        losses.append(backward_traces(model, (pairs, []), tokenizer.pad_token_id, weight))
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
+    assert losses[0] == losses[1] == losses[2]
+    assert all(torch.allclose((a + c) / 2, b, atol=1e-6) for a, b, c in zip(*gradients, strict=True))
+    assert not torch.allclose(gradients[0][0], gradients[1][0], atol=1e-4)  # the embeddings learn from them too
+
+    before = {name: tensor.clone() for name, tensor in model.mtp.state_dict().items()}
+    config = WarmStartConfig(steps=1, batch_size=4)
+    stream = build_data(DATA, tokenizer).stream
+    warm_start(model, tokenizer, stream, config, task="count_bits", seed=0, on_step=lambda step, loss: None)
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in model.mtp.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.mtp.parameters())
 
 
 def test_it_learns_and_a_second_time_does_the_same() -> None:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from mispo.config.schema import LoraConfig, MispoConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.mtp": ("0", "1", "2", "3"),
     "model.attention": ("sdpa", "eager", "flex_attention", "flash_attention_2"),
     "rollout.dtype": ("auto", "fp32", "bf16", "fp16"),
     "trainer.dtype": ("auto", "fp32", "bf16"),
@@ -37,6 +38,7 @@ AT_LEAST: dict[str, float] = {
     "warm_start.steps": 0,
     "warm_start.batch_size": 1,
     "warm_start.warmup_steps": 0,
+    "warm_start.mtp_weight": 0,
     "reward.workers": 1,
     "rollout.prompts_per_step": 1,
     "rollout.samples_per_prompt": 1,
@@ -97,6 +99,7 @@ SHARES = (
 )
 
 BELONGS: dict[str, tuple[str, tuple[object, ...]]] = {
+    "warm_start.mtp_weight": ("model.mtp", (1, 2, 3)),
     "algorithm.filter.token_bounds": ("algorithm.filter.name", ("bounds", "quantile", "random", "token_only")),
     "algorithm.filter.trajectory_bounds": ("algorithm.filter.name", ("bounds", "random")),
     "algorithm.filter.target_acceptance": ("algorithm.filter.name", ("quantile",)),
@@ -296,6 +299,8 @@ def _contradictions(config: MispoConfig) -> Iterator[str]:
         yield "reward.name: gym scores reasoning-gym tasks, but data.task is not set; use reward=exact"
     if config.warm_start.steps and config.model.preset is None:
         yield "warm_start.steps: a checkpoint (model.path) needs no warm start; set it to 0"
+    if config.model.mtp and config.model.preset is None:
+        yield "model.mtp: a checkpoint (model.path) has the draft heads that it has; set it to 0"
     if config.warm_start.steps and config.data.task is None:
         yield "warm_start.steps: traces exist for generated tasks only; set it to 0, or data.task"
     if config.data.task is not None and config.data.split != "train":

@@ -29,9 +29,13 @@ class ModelConfig:
     """The policy. Exactly one of `preset` and `path` is set."""
 
     preset: str | None = None
-    """Random weights of a built-in shape: micro, tiny or small. Needs `warm_start.steps` to be of any use."""
+    """Random weights of a built-in shape: micro, tiny, small (93 M parameters), base (1 B) or flash (197 B: Step 3.5
+    Flash). Needs `warm_start.steps` to be of any use."""
     path: str | None = "stepfun-ai/Step-3.5-Flash"
     """A Hugging Face causal LM: a directory, or a hub id."""
+    mtp: int = 0
+    """Heads of a preset that draft the tokens after the next one, 0 to 3 (Step 3.5 Flash: 3). They learn in the warm
+    start only: RL leaves them alone, and a checkpoint has those that it has."""
     trust_remote_code: bool = False
     """Run the modeling code that a checkpoint carries (checkpoints written by mispo need no such code here)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -78,6 +82,9 @@ class WarmStartConfig:
     """Linear warm-up; then constant, then linear decay to 0 over the second half."""
     terse_fraction: float = 0.7
     """Share of traces that answer at once, without thinking; in [0, 1]."""
+    mtp_weight: float = 0.1
+    """Weight of the loss of the draft heads (`model.mtp`), mean over them, ≥ 0; its gradient reaches the whole model.
+    Ours."""
 
 
 @dataclass

@@ -25,6 +25,9 @@ PEAKS = (
 )
 """Names of cards and their dense bf16 peak, FLOPs per second (NVIDIA's data sheets); the first that matches counts."""
 
+DRAFT_HEADS = "mtp."
+"""Beginning of the names of parameters that neither training nor sampling computes with."""
+
 
 @dataclass(frozen=True)
 class ForwardFlops:
@@ -52,7 +55,7 @@ def count_flops(model: PreTrainedModel) -> ForwardFlops:
     looked_up = head is None or table is not head.weight
     active = 0
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or (looked_up and parameter is table):
+        if parameter.ndim < 2 or (looked_up and parameter is table) or name.startswith(DRAFT_HEADS):
             continue
         experts = _experts(model, name, parameter)
         active += parameter.numel() if experts is None else parameter.numel() // experts * int(top_k)
@@ -110,8 +113,8 @@ def _attention(model: PreTrainedModel, text: Any) -> tuple[tuple[int, int | None
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None)
     found: list[tuple[int, int | None]] = []
-    for module in model.modules():
-        if isinstance(getattr(module, "o_proj", None), nn.Linear):
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "o_proj", None), nn.Linear) and not name.startswith(DRAFT_HEADS):
             slides = window is not None and (kinds is None or kinds[module.layer_idx] == "sliding_attention")
             found.append((module.o_proj.in_features, window if slides else None))
     return tuple(found)

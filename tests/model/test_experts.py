@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from model.experts import GroupedExperts
@@ -45,6 +46,40 @@ def test_grouped_equals_the_loop(kind: str, n: int, limit: float | None) -> None
         results.append([out, x.grad, weights.grad, *grads])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp_min(1)
+
+
+def test_no_tokens_are_no_output_and_no_gradient() -> None:
+    grouped, _ = pair(0.5)
+    x = torch.empty(0, H, requires_grad=True)
+    out = grouped(x, torch.empty(0, K, dtype=torch.int64), torch.empty(0, K))
+    assert out.shape == (0, H)
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in grouped.parameters())
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operators whose result or shape the processor must wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount"):
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """On a GPU each wait empties its queue, twice per layer; transformers' loop waits for every expert."""
+    seen = []
+    for experts in pair(0.5):
+        x, weights = torch.randn(9, H, requires_grad=True), torch.rand(9, K, requires_grad=True)
+        with HostReads() as reads:
+            experts(x, routes("spread", 9), weights).sum().backward()
+        seen.append(reads.seen)
+    assert seen[0] == []
+    assert "nonzero" in seen[1]  # else this test could not see anything
 
 
 def test_the_same_input_twice_is_the_same_bit_for_bit() -> None:

@@ -55,6 +55,11 @@ def test_step_has_shared_experts_windows_and_more_heads_where_it_slides() -> Non
     assert flops.per_token(32) == 2 * flops.parameters + 4 * (64 * 16.5 + 3 * 96 * 12.25)
 
 
+def test_draft_heads_cost_nothing_since_nobody_runs_them() -> None:
+    with_heads = preset_config("micro", vocab_size=100, pad_token_id=0, eos_token_id=1, mtp=3)
+    assert flops_of(with_heads) == flops_of(preset_config("micro", vocab_size=100, pad_token_id=0, eos_token_id=1))
+
+
 @pytest.mark.parametrize(("length", "window"), [(7, None), (7, 3), (3, 3), (3, 9), (100, 1)])
 def test_mean_keys_are_those_of_a_causal_mask(length: int, window: int | None) -> None:
     seen = [min(t, window or t) for t in range(1, length + 1)]
