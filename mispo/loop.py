@@ -281,7 +281,7 @@ def balance(run: Run, policy: PolicyScores) -> None:
     """Even out the load of the experts for the next step (router.bias_update_rate), by that of this step."""
     rate = run.config.router.bias_update_rate
     if rate and policy.routing:
-        load_LE = expert_load(policy.routing.experts, run.num_experts, run.ranks.sum)
+        load_LE = expert_load(policy.routing.own, run.num_experts, run.ranks.sum)
         update_bias(run.actor.module.policy, load_LE, rate)
 
 

@@ -15,6 +15,7 @@ from mispo.config.schema import MispoConfig, RouterConfig
 from mispo.trainer.batch import Layout
 from mispo.trainer.policy import ActorModule, Reference, compute_dtype
 from mispo.trainer.ranks import Ranks
+from model.balance import selection_biases
 from model.build import build_policy
 from model.critic import Critic, ValueHead
 from model.dispatch import experts_in_use
@@ -85,6 +86,8 @@ def check_routers(policy: PreTrainedModel, config: MispoConfig) -> None:
     for name in ("replay", "freeze", "bias_update_rate"):
         if getattr(router, name) != getattr(defaults, name) and not find_routers(policy):
             raise ValueError(f"router.{name}: {type(policy).__name__} is dense, it has no routers; leave it out")
+    if router.bias_update_rate:
+        selection_biases(policy)
 
 
 def build_critic(

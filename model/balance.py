@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.routing import find_routers
+from model.routing import BIAS, find_routers
 
-BIAS = "e_score_correction_bias"
-"""The buffer of routers that choose by scores + bias and weigh by the scores alone (DeepSeek-V3, Step, GLM, …)."""
+
+def selection_biases(model: nn.Module) -> list[Tensor]:
+    """The biases [E] by which the routers choose, layer by layer. ValueError for a router without one."""
+    routers = find_routers(model)
+    without = [router.name for router in routers if getattr(router.module, BIAS, None) is None]
+    if without or not routers:
+        what = f"{without[0]} has no selection bias" if without else "the model has no routers"
+        raise ValueError(f"router.bias_update_rate: {what}; set it to 0")
+    return [getattr(router.module, BIAS) for router in routers]
 
 
 @torch.no_grad()
@@ -18,15 +25,10 @@ def update_bias(model: nn.Module, load_LE: Tensor, rate: float) -> None:
     load_LE: tokens by MoE layer and expert since the last update, over all ranks, so that every rank does the same.
     ValueError for a router without such a bias.
     """
-    routers = find_routers(model)
-    without = [router.name for router in routers if getattr(router.module, BIAS, None) is None]
-    if without or not routers:
-        what = f"{without[0]} has no selection bias" if without else "the model has no routers"
-        raise ValueError(f"router.bias_update_rate: {what}; set it to 0")
-    expected = (len(routers), len(getattr(routers[0].module, BIAS)))
+    biases = selection_biases(model)
+    expected = (len(biases), len(biases[0]))
     assert load_LE.shape == expected, f"load of shape {tuple(load_LE.shape)} for routers of {expected}"
-    for router, load_E in zip(routers, load_LE.double(), strict=True):
-        bias_E = getattr(router.module, BIAS)
+    for bias_E, load_E in zip(biases, load_LE.double(), strict=True):
         bias_E += rate * torch.sign(load_E.mean() - load_E).to(bias_E)
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import MICRO, mispo, rows_of, train
+
+from model.build import build_policy
+from model.routing import find_routers
 
 SCRIPT = Path(__file__).with_name("attribution_script.py")
 
@@ -67,9 +71,12 @@ def test_shares_add_up(planted: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps with stale rollouts, replayed routing and an attribution in each."""
+    """Two steps with stale rollouts, an attribution in each, and everything that can be set about routers."""
     directory = tmp_path_factory.mktemp("attributed") / "run"
-    train(directory, "trainer.steps=2", "rollout.staleness=4", "router.attribute_every=1", "router.replay=rollout")
+    routers = ["attribute_every=1", "replay=rollout", "freeze=true", "bias_update_rate=0.01"]
+    train(
+        directory, "trainer.steps=2", "checkpoint.every=1", "rollout.staleness=4", *(f"router.{key}" for key in routers)
+    )
     return directory
 
 
@@ -85,6 +92,15 @@ def test_a_run_attributes_its_mismatch(run: Path) -> None:
         "step_1.json", "step_1.png", "step_2.json", "step_2.png",
     }  # fmt: skip
     assert "Where the mismatch comes from" in (run / "report.html").read_text()
+
+
+def test_routers_are_frozen_but_for_the_bias_that_balances_their_load(run: Path) -> None:
+    one, two = (find_routers(build_policy(None, str(run / f"checkpoints/step_{step}/actor"))[0]) for step in (1, 2))
+    assert len(one) == 3
+    for before, after in zip(one, two, strict=True):
+        assert torch.equal(before.module.weight, after.module.weight)
+        moves = after.module.e_score_correction_bias - before.module.e_score_correction_bias
+        assert moves.abs().max().item() == pytest.approx(0.01)
 
 
 def test_mispo_attribute_asks_the_last_checkpoint_and_changes_nothing_else(run: Path) -> None:
