@@ -117,8 +117,8 @@ def routing(metrics: Row, config: MispoConfig) -> str | None:
     low, most = metrics.get("moe/low_confidence/mean"), config.alarms.max_low_confidence
     if low is not None and low > most:
         told.append(
-            f"moe/low_confidence/mean: the routers are less sure of {low:.0%} of the tokens than they were of all but a "
-            f"tenth in step 1, more than {most:.0%}. Suspected: they drift, which widens the mismatch; lower "
+            f"moe/low_confidence/mean: the routers are less sure of {low:.0%} of the tokens than they were of all but "
+            f"a tenth in step 1, more than {most:.0%}. Suspected: they drift, which widens the mismatch; lower "
             "trainer.actor_lr, stay nearer to on-policy (rollout.staleness), or replay the rollout's routing "
             "(router.replay=rollout)"
         )
