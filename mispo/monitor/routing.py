@@ -101,7 +101,8 @@ def agreement(own_Nk: Tensor, rollout_Nk: Tensor) -> Tensor:
     """
     assert own_Nk.shape == rollout_Nk.shape, f"{tuple(own_Nk.shape)} and {tuple(rollout_Nk.shape)} do not compare"
     # Tokens last: comparing and adding along N is ten times as fast as along k.
-    own_kN, rollout_kN = (ids.int().T.contiguous() for ids in (own_Nk, rollout_Nk))
+    kind = torch.promote_types(own_Nk.dtype, rollout_Nk.dtype)
+    own_kN, rollout_kN = (ids.T.to(kind).contiguous() for ids in (own_Nk, rollout_Nk))
     shared_kN = torch.zeros_like(own_kN, dtype=torch.uint8)
     for ids_N in own_kN:
         shared_kN += rollout_kN == ids_N
