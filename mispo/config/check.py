@@ -94,6 +94,8 @@ SHARES = (
     "algorithm.lam",
     "algorithm.overlong.share",
     "alarms.min_acceptance",
+    "alarms.max_low_confidence",
+    "alarms.min_agreement",
     "alarms.max_failed_rewards",
     "critic.lam",
 )

@@ -346,6 +346,12 @@ class AlarmConfig:
     """Share of accepted trajectories below which the filter starves the actor, in [0, 1]."""
     max_mismatch: float = 0.1
     """mismatch/k3, nats per token, above which rollout and trainer are different policies, > 0."""
+    max_low_confidence: float = 0.3
+    """moe/low_confidence/mean, share of tokens below the confidence that a tenth lay below in step 1 of the run, above
+    which the routers have become unsure, in [0, 1]. Ours."""
+    min_agreement: float = 0.9
+    """moe/expert_agreement, share of the rollout's experts that the trainer's own routers choose, below which they are
+    different routers, in [0, 1]. Ours."""
     stall_s: float = 1800.0
     """Seconds that one phase of a step may take before the stacks of all threads are shown, > 0; it ends nothing."""
     max_failed_rewards: float = 0.5

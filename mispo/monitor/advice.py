@@ -1,7 +1,7 @@
 """Advice, not only a number: where a model stands, and what follows for its training, in one paragraph.
 
-Nothing here is a threshold of ours: a change counts if it lets the run's own window accept more trajectories, by more
-than two standard errors of this run.
+No level of confidence is set from outside: replay, or current weights, count if they let the run's own window accept
+more trajectories, by more than two standard errors of this run.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _advice(standing: Standing) -> str:
         )
     if name == UNDECIDED:
         return "Neither staleness nor replay was tested, so nothing follows."
-    found = ["off-policy training holds"] * standing.stale
+    found = ["off-policy training costs nothing measurable"] * standing.stale
     if not math.isnan(standing.replay_gain):
         found.append("replay can be switched off" if standing.replaying else "no replay is needed")
     found += ["what is still rejected has another cause, precision or the engine"] * (standing.accepted < 1)

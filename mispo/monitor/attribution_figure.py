@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from mispo.algorithm.attribution import Attribution
@@ -26,8 +27,7 @@ def label(part: str) -> str:
 def draw_attribution(attribution: Attribution, path: Path, title: str) -> None:
     """Writes a PNG: for each part a bar with its share ± one standard error, and one with what replay makes vanish."""
     count = len(attribution.parts)
-    figure = Figure(figsize=(9, 1.6 + 0.8 * count), dpi=110, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(9, 1.6 + 0.8 * count), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_title(title.replace("$", r"\$"), fontsize=11, fontweight="bold", loc="left")
@@ -63,10 +63,11 @@ def _bars(axes: Axes, values: list[tuple[float, float]], shift: float, height: f
     shown = [(place, value, error) for place, (value, error) in enumerate(values) if math.isfinite(value)]
     if not shown:
         return
-    places, widths, errors = zip(*shown, strict=True)
-    errors = [error if math.isfinite(error) else 0.0 for error in errors]
-    style = {"color": color, "height": height * 0.92, "label": legend, "alpha": 0.85}
-    axes.barh([place + shift for place in places], widths, xerr=errors, capsize=3, ecolor="0.2", **style)
+    places = [place + shift for place, *_ in shown]
+    widths = [value for _, value, _ in shown]
+    errors = [error if math.isfinite(error) else 0.0 for *_, error in shown]
+    axes.barh(
+        places, widths, height * 0.92, xerr=errors, capsize=3, ecolor="0.2", color=color, alpha=0.85, label=legend
+    )
     for place, width, error in zip(places, widths, errors, strict=True):
-        end = max(width + error, 0.0)
-        axes.text(end + 0.012, place + shift, f"{width:.1%}", va="center", fontsize=9)
+        axes.text(max(width + error, 0.0) + 0.012, place, f"{width:.1%}", va="center", fontsize=9)

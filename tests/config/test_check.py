@@ -17,6 +17,8 @@ from mispo.config.schema import MispoConfig
         (["rollout.temperature=0"], "rollout.temperature: 0.0 is no positive number"),
         (["trainer.max_grad_norm=-1"], "trainer.max_grad_norm: -1.0 is no positive number"),
         (["warm_start.terse_fraction=1.5"], "warm_start.terse_fraction: 1.5 is not between 0 and 1"),
+        (["alarms.max_low_confidence=2"], "alarms.max_low_confidence: 2.0 is not between 0 and 1"),
+        (["alarms.min_agreement=-1"], "alarms.min_agreement: -1.0 is not between 0 and 1"),
         (["algorithm.gamma=0"], "algorithm.gamma: 0.0 is not in (0, 1]"),
         (["trainer.zero_stage=4"], "trainer.zero_stage: 4 is none of 0, 1, 2, 3"),
         (["algorithm.truncation=boostrap"], "did you mean bootstrap?"),

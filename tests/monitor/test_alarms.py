@@ -14,6 +14,8 @@ HEALTHY = {
     "trunc/bootstrap_gap": 0.0,
     "reward/finished_mean": 0.5,
     "reward/failed": 0.0,
+    "moe/low_confidence/mean": 0.1,
+    "moe/expert_agreement": 0.98,
 }
 
 SICK = {
@@ -21,6 +23,7 @@ SICK = {
     "mismatch": {"mismatch/k3": 0.5},
     "critic": {"critic/vf_explained_var": -0.1, "trunc/bootstrap_gap": 0.4},
     "rewards": {"reward/failed": 0.75},
+    "routing": {"moe/low_confidence/mean": 0.4},
 }
 
 
@@ -49,3 +52,31 @@ def test_an_alarm_is_told_once_when_its_sign_was_seen_often_enough_in_a_row(name
 def test_a_mismatch_names_the_cause_that_the_settings_admit(override: str, cause: str) -> None:
     (alarm,) = Alarms(load_config(["alarms.patience=1", override])).check(HEALTHY | SICK["mismatch"])
     assert f"Suspected: {cause}" in alarm.text
+
+
+@pytest.mark.parametrize(
+    ("sign", "words"),
+    [
+        ({"moe/low_confidence/mean": 0.4}, "less sure of 40% of the tokens"),
+        ({"moe/expert_agreement": 0.85}, "choose 85.0% of the rollout's experts, less than 90.0%"),
+    ],
+)
+def test_routing_that_drifts_is_named_with_a_remedy(sign: dict[str, float], words: str) -> None:
+    (alarm,) = Alarms(load_config(["alarms.patience=1"])).check(HEALTHY | sign)
+    assert alarm.name == "routing"
+    assert words in alarm.text
+    assert "Suspected: " in alarm.text
+    assert "router.replay=rollout" in alarm.text
+    dense = {key: value for key, value in HEALTHY.items() if not key.startswith("moe/")}
+    relaxed = load_config(["alarms.patience=1", "alarms.max_low_confidence=0.5", "alarms.min_agreement=0.8"])
+    assert Alarms(relaxed).check(HEALTHY | sign) == []
+    assert Alarms(load_config(["alarms.patience=1"])).check(dense) == []
+
+
+def test_both_signs_of_routing_are_told_together() -> None:
+    both = {"moe/low_confidence/mean": 0.4, "moe/expert_agreement": 0.5}
+    (alarm,) = Alarms(load_config(["alarms.patience=1"])).check(HEALTHY | both)
+    assert "moe/expert_agreement" in alarm.text
+    assert "moe/low_confidence" in alarm.text
+    unknown = {"moe/low_confidence/mean": float("nan"), "moe/expert_agreement": float("nan")}
+    assert Alarms(load_config(["alarms.patience=1"])).check(HEALTHY | unknown) == []
