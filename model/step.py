@@ -34,6 +34,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     # Whatever precision is asked for: the router's top-k flips in less.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [r"mlp\.gate\.weight", "e_score_correction_bias"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^mtp\."]
 
     def __init__(self, config: Step3p7TextConfig) -> None:
         refuse_other_models(config)
