@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
+from model.checks import OddTensors, check_loaded, check_step_tensors
 from model.dispatch import use_grouped_experts
 from model.presets import preset_config
 from model.routing import keep_router_fp32
@@ -64,23 +67,24 @@ def _load(path: str, attention: str, trust_remote_code: bool) -> tuple[PreTraine
         raise ValueError(f"model.path: no directory {path!r}; give a Hugging Face model directory or a hub id")
     source = str(Path(path).expanduser()) if looks_local else path
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if looks_local and isinstance(config, Step3p7TextConfig):
+            check_step_tensors(Path(source), config)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # we name them
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
+        check_loaded(source, model, info)
+    except OddTensors:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path: {path!r} does not open as a causal LM: {error}") from error
     use_grouped_experts(model)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model.path: {path!r} lacks {len(missing)} tensors of {type(model).__name__}: "
-            f"{', '.join(missing[:5])}; it is a checkpoint of another model"
-        )
     if tokenizer.chat_template is None:
         raise ValueError(f"model.path: the tokenizer of {path!r} has no chat template; give an instruct model")
     if tokenizer.eos_token_id is None:

@@ -1,11 +1,15 @@
 """The Step text model as a causal LM: transformers' own Step layers, grouped experts, a language-model head.
 
-A checkpoint carries this file, experts.py and mtp.py, so any process opens it with
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`; after `import model` no remote code
-is needed.
+A checkpoint has Step 3.5 Flash's released layout, see hub.py. It also carries this file and those that it imports, so
+any process opens it with `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`; after
+`import model` no remote code is needed.
 """
 
-from typing import ClassVar
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,11 @@ from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel, Step3p7TextModel
 
 from .experts import GroupedExperts
+from .hub import conversions, mtp_renamings, refuse_other_models, write_released_config
 from .mtp import MtpHeads
+
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments that say which files `from_pretrained` reads."""
 
 
 class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
@@ -29,8 +37,11 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
     config_class = Step3p7TextConfig
     config: Step3p7TextConfig
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Whatever precision is asked for: the router's top-k flips in less.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [r"mlp\.gate\.weight", "e_score_correction_bias"]
 
     def __init__(self, config: Step3p7TextConfig) -> None:
+        refuse_other_models(config)
         super().__init__(config)
         self.model = Step3p7TextModel(config)
         for layer, kind in zip(self.model.layers, config.mlp_layer_types, strict=True):
@@ -89,6 +100,29 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
             output = self.model(input_ids=input_ids, use_cache=False)
         drafts = [] if self.mtp is None else self.mtp(self.model, hidden[0], input_ids)
         return self.lm_head(output.last_hidden_state), drafts
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, from the released layout; the MTP layers' names follow from the number of layers."""
+        config = kwargs.get("config")
+        if not isinstance(config, Step3p7TextConfig):
+            where = {key: kwargs[key] for key in WHERE if key in kwargs}
+            config = Step3p7TextConfig.from_pretrained(config or pretrained_model_name_or_path, **where)
+        names = mtp_renamings(config) | (kwargs.pop("key_mapping", None) or {})
+        return super().from_pretrained(pretrained_model_name_or_path, *args, key_mapping=names, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As in transformers, in the released layout. ValueError for push_to_hub, which would send another config."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub: save the model first, then upload the directory")
+        self._weight_conversions = conversions(self.config)
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            write_released_config(Path(save_directory))
 
 
 StepForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
-from model.balance import BIAS, freeze_routers, update_bias
+from model.balance import freeze_routers, update_bias
 from model.build import build_policy
-from model.routing import RoutingRecorder, find_routers
+from model.routing import BIAS, RoutingRecorder, find_routers
 
 IDS = torch.randint(5, 90, (8, 64), generator=torch.Generator().manual_seed(3))
 

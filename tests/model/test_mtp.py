@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -136,6 +137,7 @@ def test_saved_and_opened_the_heads_are_the_same_and_frozen(tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 2
     assert (tmp_path / "mtp.py").is_file()  # the model's own code, for processes without this package
+    assert "model.layers.5.transformer.shared_head.output.weight" in load_file(tmp_path / "model.safetensors")
     again, _ = build_policy(None, str(tmp_path))
     assert model.state_dict().keys() == again.state_dict().keys()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
