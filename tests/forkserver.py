@@ -6,6 +6,7 @@ str hashes, which it shares with its siblings (runs.py has `fresh=True` where th
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -15,17 +16,17 @@ import time
 from typing import Any
 
 import numpy as np
-import pandas  # noqa: F401  (pyarrow does, when it first makes a table)
 
-import mispo.assemble
-import mispo.loop
-import mispo.monitor.report  # noqa: F401
+IMPORTED = ("mispo.assemble", "mispo.loop", "mispo.monitor.report", "rewards.gym", "pandas")
+"""pandas: pyarrow imports it when it first makes a table."""
 
 GRACE_S = 30.0
 """Seconds which the other ranks get to end by themselves when one has failed."""
 
 
 def main() -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
     gc.freeze()  # the children share what is there by now
     for line in sys.stdin:
         request = json.loads(line)
