@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two files at a time, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast lint clean
 
@@ -10,10 +12,10 @@ quickstart: $(STAMP)  ## train the embedded default and say where its results ar
 	$(BIN)/mispo train recipe=quickstart
 
 test: $(STAMP)  ## all tests, the slow end-to-end ones last
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-fast: $(STAMP)  ## without the end-to-end tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
