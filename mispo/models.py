@@ -40,7 +40,7 @@ def open_policy(
         preset,
         path,
         seed=config.seed,
-        mtp=config.model.mtp if preset else 0,
+        mtp=config.model.mtp,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )

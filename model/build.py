@@ -29,7 +29,7 @@ def build_policy(
     """The policy, in float32 and training mode, routers kept in float32, experts grouped, and its tokenizer.
 
     Exactly one of preset (random weights from `seed`) and path (a directory or hub id) is given. mtp: heads of a preset
-    that draft further tokens; they come frozen.
+    that draft further tokens; a checkpoint has those that it has. They come frozen.
     ValueError for an unknown preset, a path that is no causal LM, or a tokenizer without what RL needs.
     """
     if (preset is None) == (path is None):
