@@ -14,7 +14,16 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and some machines wait long for it
 
 
-LONG = ("test_interrupt", "test_loop", "test_updates", "test_methods", "test_cli", "test_learning", "test_launchers")
+LONG = (
+    "test_interrupt",
+    "test_loop",
+    "test_updates",
+    "test_methods",
+    "test_cli",
+    "test_learning",
+    "test_attribution",
+    "test_launchers",
+)
 """Files that take a minute and more: behind all others, and so that two workers end at about the same time."""
 
 
