@@ -105,9 +105,13 @@ def test_mispo_attribute_asks_the_last_checkpoint_and_changes_nothing_else(run: 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "precision" in done.stdout
     assert "The window [0.996, 1.001] accepts" in " ".join(done.stdout.split())
-    assert {path.name for path in run.rglob("*") if path not in before} >= {"step_3.json", "step_3.png"}
+    assert {path.name for path in run.rglob("*") if path not in before} == {
+        f"step_3+rollout.dtype=bf16.{kind}" for kind in ("json", "png")
+    }
     assert all(path.read_bytes() == content for path, content in before.items())
-    precision = json.loads((run / "attribution/step_3.json").read_text())["attribution"]["parts"]["precision"]
+    precision = json.loads((run / "attribution/step_3+rollout.dtype=bf16.json").read_text())["attribution"]["parts"][
+        "precision"
+    ]
     assert precision["rms"] > 1e-4  # without bf16 it is 0
 
 
