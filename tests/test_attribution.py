@@ -109,10 +109,8 @@ def test_mispo_attribute_asks_the_last_checkpoint_and_changes_nothing_else(run: 
         f"step_3+rollout.dtype=bf16.{kind}" for kind in ("json", "png")
     }
     assert all(path.read_bytes() == content for path, content in before.items())
-    precision = json.loads((run / "attribution/step_3+rollout.dtype=bf16.json").read_text())["attribution"]["parts"][
-        "precision"
-    ]
-    assert precision["rms"] > 1e-4  # without bf16 it is 0
+    found = json.loads((run / "attribution/step_3+rollout.dtype=bf16.json").read_text())["attribution"]
+    assert found["parts"]["precision"]["rms"] > 1e-4  # without bf16 it is 0
 
 
 def test_mispo_attribute_says_what_it_lacks(tmp_path: Path) -> None:
