@@ -61,8 +61,8 @@ class MtpHeads(nn.Module):
         """States [B, S−1−i, H], for `head`, of each head i that has a token to read: at t for token t+2+i, from those
         up to t+1+i.
 
-        hidden_BSH: of the trunk's last layer, before its final norm. embeds_BSH: of the tokens. positions_1S: of packed sequences, each from 0:
-        the last 1+i states of each are then of no use. Padding on the right is never seen.
+        hidden_BSH: of the trunk's last layer, before its final norm. embeds_BSH: of the tokens. positions_1S: of packed
+        sequences, each from 0: the last 1+i states of each are then of no use. Padding on the right is never seen.
         """
         states = []
         length = embeds_BSH.shape[1]
@@ -91,7 +91,8 @@ def before_norm(trunk: Step3p7TextModel) -> Iterator[list[Tensor]]:
 
 
 def draft_loss(drafts: Sequence[Tensor], labels_BS: Tensor) -> Tensor:
-    """Cross-entropy of the heads' logits, as `StepForCausalLM.draft` gives them, summed over the labels that are not −100, mean over the heads."""
+    """Cross-entropy of the heads' logits (`StepForCausalLM.draft`) over the labels that are not −100: the sum over
+    tokens, the mean over heads."""
     losses = [
         F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels_BS[:, i + 2 :].flatten(), reduction="sum")
         for i, logits in enumerate(drafts)

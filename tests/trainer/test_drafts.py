@@ -1,4 +1,4 @@
-"""Draft heads that learn beside the actor: what they learn, that layout is nothing to them, that the policy is spared."""
+"""Draft heads that learn beside the actor: what they learn, in every layout, and that the policy is spared."""
 
 from dataclasses import replace
 from typing import cast
@@ -36,10 +36,8 @@ def step_data() -> tuple[Batch, Samples]:
     ids = [torch.randint(7, 90, (n,), generator=generator) for n in LENGTHS]
     batch = replace(batch_of(LENGTHS, prompt=1), ids=ids)
     tokens = int(batch.offsets_B1[-1])
-    everything = torch.ones(tokens, dtype=torch.bool)
-    return batch, Samples(
-        torch.full((tokens,), -4.5), torch.randn(tokens, generator=generator), torch.ones(tokens), everything
-    )
+    advantages, everything = torch.randn(tokens, generator=generator), torch.ones(tokens)
+    return batch, Samples(torch.full((tokens,), -4.5), advantages, everything, everything.bool())
 
 
 def updated(engine: Plain, layout: Layout, weight: float) -> tuple[dict[str, Tensor], dict[str, float], float]:
@@ -66,11 +64,8 @@ def test_gradients_are_those_of_the_draft_loss_in_every_layout(layout: Layout) -
     policy = cast(StepForCausalLM, engine.module.policy)
     policy.zero_grad()
     batch, _ = step_data()
-    # By hand, one trajectory after the other; the first token is the prompt, which nobody drafts anyway.
-    losses = [
-        draft_loss(drafts, ids[None]) for ids in batch.ids if (drafts := policy.draft(ids[None])[1]) and len(ids) > 2
-    ]
-    total = sum(losses)
+    # By hand, one trajectory after the other, each behind a prompt of one token.
+    total = sum(draft_loss(policy.draft(ids[None])[1], ids[None]) for ids in batch.ids if len(ids) > 2)
     (WEIGHT * total / int(batch.offsets_B1[-1])).backward()
     assert stats["draft_nll"] == pytest.approx(total.item(), rel=1e-5)
     heads = {name: p.grad for name, p in engine.module.named_parameters() if ".mtp." in name}
