@@ -31,7 +31,7 @@ from model.routing import RoutingRecorder
 
 TOKENS = (64, 512, 4096)
 LOOP = "Step, transformers' loop"
-LARGEST_GATHER = 2 * 2**30
+LARGEST_GATHER = 2**29
 """Bytes of weights that batched_mm may copy, one expert per token and choice; above, it is not measured."""
 
 WATCHED = (("tiny", 32, 128, 64, 16), ("small", 4, 128, 16, 8))
@@ -79,7 +79,7 @@ def experts_section(preset: str, turns: int) -> str:
         f"## Experts of one layer, tokens/s\n\nShape of the preset {preset}: hidden size {config.hidden_size}, "
         f"{config.n_routed_experts} experts of {config.moe_intermediate_size}, {config.num_experts_per_tok} per token, "
         f"float32, random choices; median of {turns} turns, in brackets how often faster than {LOOP}. batched_mm is "
-        f"not measured where it would copy more than {LARGEST_GATHER / 2**30:.0f} GiB of weights.\n\n"
+        f"not measured where it would copy more than {LARGEST_GATHER / 2**20:.0f} MiB of weights.\n\n"
         + "\n\n".join(parts)
     )
 
