@@ -1,9 +1,9 @@
 """What do grouped experts gain, and what does watching the routers cost?
 
-    python benchmarks/moe.py [--preset small] [--turns 9] [--pairs 31] [--only experts|recorder]
+    python benchmarks/moe.py [--preset small] [--turns 9]
 
 Experts of one layer, random tokens: ours against transformers' loop for Step, and against transformers' implementations
-for Qwen3-MoE of the same shape. Then forwards and decode steps of whole models, with and without `RoutingRecorder`.
+for Qwen3-MoE of the same shape. Then what `RoutingRecorder` adds to forwards and decode steps of whole models.
 All in float32; ways are measured in turn, and compared within each turn. On the CPU in processor time.
 """
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 
 import torch
 from measuring import seconds_in_turn
@@ -27,11 +28,11 @@ from writing import table, write_results
 from model.build import build_policy
 from model.experts import GroupedExperts
 from model.presets import preset_config
-from model.routing import RoutingRecorder
+from model.routing import RoutingRecorder, find_routers
 
 TOKENS = (64, 512, 4096)
 LOOP = "Step, transformers' loop"
-LARGEST_GATHER = 2 * 2**30
+LARGEST_GATHER = 2**29
 """Bytes of weights that batched_mm may copy, one expert per token and choice; above, it is not measured."""
 
 WATCHED = (("tiny", 32, 128, 64, 16), ("small", 4, 128, 16, 8))
@@ -42,17 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="small", help="shape of the experts")
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--pairs", type=int, default=31, help="turns with and without the recorder")
-    parser.add_argument("--only", choices=("experts", "recorder"))
     options = parser.parse_args()
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     torch.manual_seed(0)
-    sections = []
-    if options.only != "recorder":
-        sections.append(experts_section(options.preset, options.turns))
-    if options.only != "experts":
-        sections.append(recorder_section(options.pairs))
+    sections = [experts_section(options.preset, options.turns), recorder_section(options.turns)]
     path = write_results("moe", "Experts and routers", "\n\n".join(sections), torch.get_num_threads())
     sys.stdout.write(f"{path}\n")
 
@@ -79,7 +74,7 @@ def experts_section(preset: str, turns: int) -> str:
         f"## Experts of one layer, tokens/s\n\nShape of the preset {preset}: hidden size {config.hidden_size}, "
         f"{config.n_routed_experts} experts of {config.moe_intermediate_size}, {config.num_experts_per_tok} per token, "
         f"float32, random choices; median of {turns} turns, in brackets how often faster than {LOOP}. batched_mm is "
-        f"not measured where it would copy more than {LARGEST_GATHER / 2**30:.0f} GiB of weights.\n\n"
+        f"not measured where it would copy more than {LARGEST_GATHER / 2**20:.0f} MiB of weights.\n\n"
         + "\n\n".join(parts)
     )
 
@@ -121,8 +116,8 @@ def run(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor, backward:
     return both if backward else forward
 
 
-def recorder_section(pairs: int) -> str:
-    """Seconds with the recorder over seconds without, within a turn."""
+def recorder_section(turns: int) -> str:
+    """The recorder's own seconds over those of what it watches."""
     rows = []
     for preset, sequences, length, decoded, steps in WATCHED:
         policy, _ = build_policy(preset, None)
@@ -135,29 +130,52 @@ def recorder_section(pairs: int) -> str:
             f"decode, {decoded} × {steps} tokens": partial(decode, policy, ids[:decoded], steps),
         }
         for name, load in loads.items():
-            seconds = seconds_in_turn(with_and_without(policy, load), pairs, least=0.0)
-            ratios = [b / a for a, b in zip(seconds["without"], seconds["with"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            rows.append([preset, name, f"{middle - 1:+.1%}", f"{low - 1:+.1%} to {high - 1:+.1%}"])
-    header = ("preset", "load", "time with the recorder", "middle half of the turns")
+            watched, own = recorder_seconds(policy, load, turns)
+            rows.append([preset, name, f"{watched * 1e3:,.0f}", f"{own * 1e3:.2f}", f"{own / watched:.2%}"])
+    header = ("preset", "load", "ms", "ms of the recorder", "share")
     return (
-        f"## Watching the routers\n\n`RoutingRecorder` with one `take` at the end, {pairs} turns with and without. "
-        f"Target: at most 1 %.\n\n{table(header, rows)}"
+        f"## Watching the routers\n\n`RoutingRecorder` with one `take` at the end, on its own: the routers only repeat "
+        f"what they returned in the load, with and without it, median of {turns} turns. Target: at most 1 %.\n\n"
+        + table(header, rows)
     )
 
 
-def with_and_without(model: PreTrainedModel, load: Callable[[], object]) -> Mapping[str, Callable[[], object]]:
-    @torch.no_grad()
-    def without() -> None:
-        load()
+@torch.no_grad()
+def recorder_seconds(model: PreTrainedModel, load: Callable[[], object], turns: int) -> tuple[float, float]:
+    """Of the load, and what the recorder adds to it. Their difference alone would drown in the load's own noise."""
+    watched = statistics.median(seconds_in_turn({"load": load}, turns)["load"])
+    routers = [router.module for router in find_routers(model)]
+    returned: list[list[object]] = [[] for _ in routers]
+    handles = [
+        router.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+        for router, kept in zip(routers, returned, strict=True)
+    ]
+    load()
+    for handle in handles:
+        handle.remove()
+    hidden = torch.empty(0)
+    for router, kept in zip(routers, returned, strict=True):
+        router.forward = partial(again, cycle(kept))
 
-    @torch.no_grad()
-    def watched() -> None:
+    def repeat() -> None:
+        for _ in returned[0]:
+            for router in routers:
+                router(hidden)
+
+    def watch() -> None:
         with RoutingRecorder(model) as recorder:
-            load()
+            repeat()
             recorder.take()
 
-    return {"without": without, "with": watched}
+    seconds = seconds_in_turn({"without": repeat, "with": watch}, turns)
+    for router in routers:
+        del router.forward
+    return watched, statistics.median(b - a for a, b in zip(seconds["without"], seconds["with"], strict=True))
+
+
+def again(outputs: Iterator[object], hidden: Tensor) -> object:
+    """In place of a router's forward."""
+    return next(outputs)
 
 
 def decode(model: PreTrainedModel, ids: Tensor, steps: int) -> None:
