@@ -154,6 +154,8 @@ def build_run(
             assert isinstance(sync, WeightSync), "a replay is not resumed"
             load_states(checkpoint, progress, actor=actor_engine, critic=critic_engine, sync=sync)
             data.stream.cursor = progress.cursor
+            if config.rollout.staleness and not sync.history.versions:
+                sync.record()  # rollouts that were current until now begin to lag
             sync.publish()
         method, alarms = build_method(config), Alarms(config)
         if progress:

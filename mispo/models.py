@@ -23,6 +23,8 @@ from model.lora import add_lora, load_trained
 from model.routing import find_routers, keep_router_fp32
 from rollouts.native import NativeEngine
 
+REPLAYED = {"rollout": "the rollout", "old": "π_old"}
+
 BASE = "base"
 """Of a run with adapters on a preset: the model that they are put on."""
 
@@ -209,4 +211,6 @@ def summary(policy: PreTrainedModel, config: MispoConfig, ranks: Ranks, dtype: t
         f"{f' (experts: {experts})' if experts else ''}, {ranks.size} × {ranks.device.type}, "
         f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
         f"{', packed' if layout.packed else ''}"
+        f"{f', routing of {REPLAYED[config.router.replay]} replayed' if config.router.replay != 'off' else ''}"
+        f"{', routers frozen' if config.router.freeze else ''}"
     )

@@ -37,6 +37,8 @@ def paragraph(standing: Standing) -> str:
     if not standing.tokens:
         return "Undecided: no generated token was measured."
     name = regime(standing)
+    if math.isnan(standing.confidence) and not standing.stale:
+        return "Nothing to say: a dense model has no routing to be sure of or to replay."
     return " ".join([f"{name[0].upper()}{name[1:]}:", *_routing(standing), _acceptance(standing), _advice(standing)])
 
 
