@@ -108,9 +108,9 @@ class RoutingRecorder:
         """
         if not any(self._records):
             return None
-        found: dict[str, list[Tensor]] = {"confidence": [], "experts": [], "own": [], "margin": []}
+        confidences, margins, activated, chosen = [], [], [], []
         for layer, (router, records) in enumerate(zip(self.routers, self._records, strict=True)):
-            logits, weights, own = (torch.cat([r[i].flatten(0, -2) for r in records]) for i in range(3))
+            logits, weights, own = (_joined([record[i] for record in records]) for i in range(3))
             records.clear()
             if layer not in self._forms:
                 self._forms[layer] = recognise(logits, weights, own, router.name)
@@ -118,13 +118,24 @@ class RoutingRecorder:
             experts = own
             if replayed is not None:
                 experts = torch.where(replayed[1].to(own.device)[:, None], replayed[0][layer].to(own), own)
-            small = smallest_integer(logits.shape[-1])
-            found["confidence"].append(confidence_of(scores, experts))
-            found["experts"].append(experts.to(small))
-            found["own"].append(own.to(small))
+            confidences.append(confidence_of(scores, experts))
+            activated.append(experts)
+            chosen.append(own)
             if margin:
-                found["margin"].append(_margin(scores + getattr(router.module, BIAS, 0.0), own.shape[-1]))
-        return Routing(**{name: torch.stack(layers) if layers else None for name, layers in found.items()})
+                margins.append(_margin(scores + getattr(router.module, BIAS, 0.0), own.shape[-1]))
+        small = smallest_integer(scores.shape[-1])
+        own = torch.stack(chosen).to(small)
+        return Routing(
+            confidence=torch.stack(confidences),
+            experts=own if replayed is None else torch.stack(activated).to(small),
+            own=own,
+            margin=torch.stack(margins) if margin else None,
+        )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Forwards one after the other, [tokens, …]; a single one is not copied."""
+    return parts[0].flatten(0, -2) if len(parts) == 1 else torch.cat([part.flatten(0, -2) for part in parts])
 
 
 def _margin(scores: Tensor, k: int) -> Tensor:
