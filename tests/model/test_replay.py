@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_routing import FAMILIES, SMALL, model_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.replay import RouterReplay, laid_out
 from model.routing import RoutingRecorder, find_routers
-from tests.model.test_routing import FAMILIES, SMALL, model_of
 
 IDS = torch.randint(5, 45, (2, 9), generator=torch.Generator().manual_seed(0))
 
