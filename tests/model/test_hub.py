@@ -1,4 +1,4 @@
-"""The released layout: tensor names, config.json, and checkpoints that hold other tensors than they should."""
+"""The released layout: tensor names, config.json, and a way there and back that changes no bit."""
 
 import json
 import subprocess
@@ -8,70 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from step_files import VARIANTS, WEIGHTS, saved, variant
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
 from model.build import build_policy
 from model.hub import mtp_renamings, released_config, released_names
-from model.presets import preset_config
-from model.routing import find_routers
+from model.routing import find_routers, keep_router_fp32
 from model.step import StepForCausalLM
-from model.tokenizer import character_tokenizer
-
-WEIGHTS = "model.safetensors"
-VARIANTS = {
-    "as it is": {},
-    "limits": {"swiglu_limits": [None, 0.0, 0.0, 7.0], "swiglu_limits_shared": [None, 0.0, 16.0, 16.0]},
-    "MTP": {"num_nextn_predict_layers": 2},
-    "llama3 positions": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 2.0,
-            "original_max_position_embeddings": 512,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 32.0,
-        },
-    },
-}
-
-
-def variant(name: str) -> StepForCausalLM:
-    """The micro preset with other settings, and a router bias that is not zero."""
-    shape = preset_config("micro", vocab_size=104, pad_token_id=0, eos_token_id=1).to_dict()
-    settings = VARIANTS[name]
-    if "rope_scaling" in settings:
-        shape["rope_parameters"]["full_attention"] |= settings["rope_scaling"]
-    else:
-        shape |= settings
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = StepForCausalLM(Step3p7TextConfig(**shape)).eval()
-        for router in find_routers(model):
-            router.module.e_score_correction_bias.normal_()
-    return model
-
-
-def saved(model: StepForCausalLM, directory: Path) -> Path:
-    model.save_pretrained(directory)
-    character_tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
-    return saved(variant("as it is"), tmp_path_factory.mktemp("micro"))
-
-
-def changed(micro: Path, directory: Path, **tensors: Tensor | None) -> Path:
-    """A copy with tensors set, or taken out."""
-    weights = load_file(micro / WEIGHTS) | tensors
-    directory.mkdir(exist_ok=True)
-    for file in micro.iterdir():
-        (directory / file.name).write_bytes(file.read_bytes())
-    save_file({n: t for n, t in weights.items() if t is not None}, directory / WEIGHTS, {"format": "pt"})
-    return directory
 
 
 @pytest.mark.parametrize(
@@ -107,8 +52,6 @@ def test_each_tensor_has_its_released_name(ours: str, released: list[str]) -> No
 
 
 def test_the_mtp_renamings_lead_back_to_our_names() -> None:
-    from transformers.core_model_loading import WeightRenaming
-
     config = Step3p7TextConfig(num_hidden_layers=4, num_nextn_predict_layers=3)
     renamings = [WeightRenaming(old, new) for old, new in mtp_renamings(config).items()]
     parts = ["enorm", "hnorm", "eh_proj", "norm", "head", "block.self_attn.o_proj", "block.mlp.up_proj"]
@@ -164,8 +107,6 @@ def test_a_checkpoint_in_many_files_is_the_same(micro: Path, tmp_path: Path) -> 
 
 
 def test_splitting_the_experts_copies_nothing_before_a_file_is_written() -> None:
-    from transformers.core_model_loading import revert_weight_conversion
-
     model = variant("as it is")
     weights = model.state_dict()
     split = revert_weight_conversion(model, dict(weights))
@@ -255,19 +196,7 @@ def test_loaded_tensors_begin_where_torch_would_place_them(micro: Path) -> None:
     assert {tensor.data_ptr() % 64 for tensor in mapped.state_dict().values()} != {0}
 
 
-def test_mtp_tensors_are_those_that_the_config_announces(micro: Path, tmp_path: Path) -> None:
-    path = changed(micro, tmp_path, **{"model.layers.4.enorm.weight": torch.zeros(64)})
-    config = json.loads((path / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"holds 1 tensors .*: model\.layers\.4\.enorm\.weight"):
-        build_policy(None, str(path))
-    (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    with pytest.raises(ValueError, match=r"lacks \d+ tensors .*: model\.layers\.4\.eh_proj\.weight"):
-        build_policy(None, str(path))
-
-
 def test_a_bfloat16_checkpoint_keeps_its_routers_in_float32(tmp_path: Path) -> None:
-    from model.routing import keep_router_fp32
-
     model = variant("as it is")
     exact = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".mlp.gate." in name}
     model.to(torch.bfloat16)
@@ -288,63 +217,6 @@ def test_a_bfloat16_checkpoint_keeps_its_routers_in_float32(tmp_path: Path) -> N
         assert all(torch.equal(weights[name], tensor) for name, tensor in exact.items())
         assert weights["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
         assert torch.isfinite(again(input_ids=torch.arange(5, 15)[None]).logits).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "words"),
-    [
-        ("model.layers.2.moe.router_bias", None, r"lacks 1 tensors of StepForCausalLM: {}"),
-        ("model.layers.1.moe.up_proj.weight", None, r"lacks 1 tensors of StepForCausalLM: {}"),
-        ("lm_head.weight", None, r"lacks 1 tensors of StepForCausalLM: {}"),
-        ("model.layers.9.moe.gate.weight", torch.zeros(8, 64), r"holds 1 tensors that StepForCausalLM does not .*: {}"),
-        ("model.layers.1.moe.up_proj.weight", torch.zeros(8, 17, 64), r"{} is \[8, 17, 64\] instead of \[8, 16, 64\]"),
-        ("model.layers.1.moe.gate_proj.weight", torch.zeros(8, 16, 9), r"{} is \[8, 16, 9\] instead of \[8, 16, 64\]"),
-        ("model.norm.weight", torch.zeros(63), r"{} is \[63\] instead of \[64\]"),
-    ],
-)
-def test_a_tensor_that_is_missing_or_too_many_or_misshapen_is_named(
-    micro: Path, tmp_path: Path, name: str, tensor: Tensor | None, words: str
-) -> None:
-    path = changed(micro, tmp_path, **{name: tensor})
-    with pytest.raises(ValueError, match=r"^model\.path: .*" + words.format(name.replace(".", r"\."))):
-        build_policy(None, str(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "words"),
-    [
-        ("model.layers.1.mlp.up_proj.weight", None, r"lacks 1 tensors of Qwen2ForCausalLM: {}"),
-        ("model.layers.7.mlp.up_proj.weight", torch.zeros(2), r"holds 1 tensors that Qwen2ForCausalLM .*: {}"),
-        ("model.norm.weight", torch.zeros(7), r"{} is \[7\] instead of \[8\]"),
-    ],
-)
-def test_odd_tensors_of_other_families_are_named_too(
-    tmp_path: Path, name: str, tensor: Tensor | None, words: str
-) -> None:
-    shape = Qwen2Config(
-        vocab_size=103,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(shape).save_pretrained(tmp_path)
-    character_tokenizer().save_pretrained(tmp_path)
-    build_policy(None, str(tmp_path))
-    weights = load_file(tmp_path / WEIGHTS) | {name: tensor}
-    save_file({n: t for n, t in weights.items() if t is not None}, tmp_path / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ValueError, match=words.format(name.replace(".", r"\."))):
-        build_policy(None, str(tmp_path))
-
-
-def test_a_config_that_asks_for_another_model_is_refused(micro: Path, tmp_path: Path) -> None:
-    path = changed(micro, tmp_path)
-    config = json.loads((path / "config.json").read_text()) | {"moe_router_activation": "softmax"}
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="moe_router_activation is 'softmax', StepForCausalLM computes 'sigmoid'"):
-        build_policy(None, str(path))
 
 
 def test_uploading_while_saving_is_refused_since_the_config_would_be_another(tmp_path: Path) -> None:
