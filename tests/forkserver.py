@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-IMPORTED = ("mispo.assemble", "mispo.loop", "mispo.monitor.report", "rewards.gym", "pandas")
+IMPORTED = ("mispo.config.load", "mispo.assemble", "mispo.loop", "mispo.monitor.report", "rewards.gym", "pandas")
 """pandas: pyarrow imports it when it first makes a table."""
 
 GRACE_S = 30.0
