@@ -309,6 +309,9 @@ def _attribute(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{options.run}: no checkpoint yet; attribution needs one, written every checkpoint.every steps"
         )
+    kept = config_from_file(options.run / "config.yaml", []).rollout.staleness
+    if config.rollout.staleness > kept:
+        raise ValueError(f"rollout.staleness: {config.rollout.staleness}, but the run kept older weights up to {kept}")
     signal.signal(signal.SIGTERM, _terminate)
     run: Run | None = None
     try:
