@@ -6,7 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,36 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
         synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def seconds_in_turn(
+    ways: Mapping[str, Callable[[], object]], repeats: int, least: float = 0.1
+) -> dict[str, list[float]]:
+    """Of each way, seconds per call in each of `repeats` turns; in a turn all ways are measured one after the other.
+
+    So that what else the machine does meets them alike: compare them turn by turn. Every other turn goes backwards.
+    On the CPU this process's own time counts, that of all its threads. least: seconds that a measurement takes; short
+    calls are repeated.
+    """
+
+    def measure(way: Callable[[], object], calls: int) -> float:
+        synchronize()
+        start = clock()
+        for _ in range(calls):
+            way()
+        synchronize()
+        return (clock() - start) / calls
+
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    calls = {}
+    for name, way in ways.items():
+        way()
+        calls[name] = max(1, round(least / measure(way, 1)))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats):
+        for name in list(ways)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(measure(ways[name], calls[name]))
+    return seconds
 
 
 def peak_mib(function: Callable[[], object]) -> float:

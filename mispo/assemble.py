@@ -48,6 +48,7 @@ from mispo.trainer.rehearsal import rehearse
 from mispo.trainer.weights import NoSync, WeightSync
 from mispo.warm_start import warm_start
 from model.balance import freeze_routers
+from model.build import let_drafts_learn
 from rewards.workers import RewardPool, RewardSpec
 from rollouts.staleness import WeightHistory
 from rollouts.worker import RolloutWorker
@@ -101,6 +102,7 @@ def build_run(
             if checkpoint is None and ranks.first:
                 keep_base(policy, tokenizer, config, directory)
             add_adapters(policy, critic, config, dtype, checkpoint)
+        let_drafts_learn(policy, config.trainer.mtp_weight > 0)
         if config.router.freeze:
             freeze_routers(policy)
         # Now: under ZeRO-3 the trainer's weights will have no shape.
@@ -118,6 +120,7 @@ def build_run(
                 entropy_gradient=config.algorithm.entropy > 0,
                 value_head=build_value_head(policy, config, checkpoint) if shared else None,
                 replays=config.router.record or config.router.replay != "off",
+                drafts=config.trainer.mtp_weight > 0,
             ),
             CriticModule(critic, dtype) if critic else None,
             config.trainer,

@@ -325,7 +325,7 @@ def _attribute(options: argparse.Namespace) -> int:
         run = build_run(config, options.run, resume=True, tracked=False)
         step, attribution, standing = attribute_next(run)
         if run.ranks.first:
-            path = write_attribution(options.run, step, attribution, standing)
+            path = write_attribution(options.run, step, attribution, standing, options.overrides)
             console = make_console()
             console.print(attribution_table(attribution), highlight=False)
             console.print(paragraph(standing), markup=False, highlight=False)

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mispo.config.schema import DataConfig
-from rewards.gym import check_task
 from rollouts.trajectory import Prompt
 
 HELD_OUT_SHARE = 1 / 6
@@ -116,7 +115,9 @@ class GymSource:
     """An endless reasoning-gym generator; a problem's metadata become columns."""
 
     def __init__(self, config: DataConfig) -> None:
-        from reasoning_gym import create_dataset
+        from reasoning_gym import create_dataset  # a second to import, needed by this source only
+
+        from rewards.gym import check_task
 
         assert config.task is not None
         try:

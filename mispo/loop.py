@@ -274,6 +274,7 @@ def update_policy(
         after_update=run.sync.record,
         reweigh=partial(reweigh, run, batch, samples, step) if run.config.algorithm.mask_policy == "current" else None,
         value_loss=None if run.critic else value_loss,
+        mtp_weight=run.config.trainer.mtp_weight,
     )
 
 

@@ -40,7 +40,7 @@ def open_policy(
         preset,
         path,
         seed=config.seed,
-        mtp=config.model.mtp if preset else 0,
+        mtp=config.model.mtp,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -81,13 +81,15 @@ def check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
 
 
 def check_routers(policy: PreTrainedModel, config: MispoConfig) -> None:
-    """ValueError for settings of the routers in a model without any."""
+    """ValueError for settings of routers, or of draft heads, in a model without any."""
     router, defaults = config.router, RouterConfig()
     for name in ("replay", "freeze", "bias_update_rate"):
         if getattr(router, name) != getattr(defaults, name) and not find_routers(policy):
             raise ValueError(f"router.{name}: {type(policy).__name__} is dense, it has no routers; leave it out")
     if router.bias_update_rate:
         selection_biases(policy)
+    if config.trainer.mtp_weight and getattr(policy, "mtp", None) is None:
+        raise ValueError("trainer.mtp_weight: the model has no draft heads (model.mtp); set it to 0")
 
 
 def build_critic(

@@ -78,7 +78,7 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         return [("unknown", f"the model's configuration does not open: {str(error).splitlines()[0]}")]
     with torch.device("meta"):
         model = StepForCausalLM(shape) if config.model.preset else AutoModelForCausalLM.from_config(shape)
-    let_drafts_learn(model, False)
+    let_drafts_learn(model, config.trainer.mtp_weight > 0)
     count = sum(parameter.numel() for parameter in model.parameters())
     stage, rank = config.trainer.zero_stage, config.model.lora.rank
     learning, states = _learning(model, config)

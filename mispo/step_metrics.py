@@ -119,7 +119,12 @@ def _moved(updates: Sequence[Update | None]) -> dict[str, float]:
     tokens = sum(found["tokens"] for found in stats)
     if not tokens:
         return {}
-    names = {"clipped": "actor/clip_frac", "kl_old": "actor/kl_old", "kl_ref": "actor/kl_ref"}
+    names = {
+        "clipped": "actor/clip_frac",
+        "kl_old": "actor/kl_old",
+        "kl_ref": "actor/kl_ref",
+        "draft_nll": "actor/draft_loss",
+    }
     return {metric: sum(found[name] for found in stats) / tokens for name, metric in names.items() if name in stats[0]}
 
 

@@ -29,7 +29,7 @@ def build_policy(
     """The policy, in float32 and training mode, routers kept in float32, experts grouped, and its tokenizer.
 
     Exactly one of preset (random weights from `seed`) and path (a directory or hub id) is given. mtp: heads of a preset
-    that draft further tokens; they come frozen.
+    that draft further tokens; a checkpoint has those that it has. They come frozen.
     ValueError for an unknown preset, a path that is no causal LM, or a tokenizer without what RL needs.
     """
     if (preset is None) == (path is None):
@@ -84,6 +84,10 @@ def _load(path: str, attention: str, trust_remote_code: bool) -> tuple[PreTraine
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path: {path!r} does not open as a causal LM: {error}") from error
+    # The library maps the file, where a tensor begins at any byte, and some kernels round otherwise on such tensors: a
+    # resumed run would not be, bit for bit, the run that it continues.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     use_grouped_experts(model)
     if tokenizer.chat_template is None:
         raise ValueError(f"model.path: the tokenizer of {path!r} has no chat template; give an instruct model")

@@ -6,7 +6,8 @@ the embedding of token t+1+i, and predicts token t+2+i.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,9 @@ class MtpHead(nn.Module):
     def forward(
         self, hidden_BSH: Tensor, embeds_BSH: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """[B, S, H] → [B, S, H], for the next head as for `logits`."""
+        """[B, S, H] → [B, S, H], for the next head; its norm's output is what `head` reads."""
         joined = torch.cat([self.enorm(embeds_BSH), self.hnorm(hidden_BSH)], -1)
         return self.block(self.eh_proj(joined), attention_mask=mask, position_embeddings=rotary)
-
-    def logits(self, hidden_BSH: Tensor) -> Tensor:
-        """[B, S, H] → [B, S, V]."""
-        return self.head(self.norm(hidden_BSH))
 
 
 class MtpHeads(nn.Module):
@@ -54,15 +51,25 @@ class MtpHeads(nn.Module):
         layers = _layers_config(config)
         self.layers = nn.ModuleList([MtpHead(config, layers, i) for i in range(layers.num_hidden_layers)])
 
-    def forward(self, trunk: Step3p7TextModel, hidden_BSH: Tensor, ids_BS: Tensor) -> list[Tensor]:
-        """Logits [B, S−1−i, V] of each head i that has a token to read: at t for token t+2+i, from those up to t+1+i.
+    def forward(
+        self,
+        trunk: Step3p7TextModel,
+        hidden_BSH: Tensor,
+        embeds_BSH: Tensor,
+        positions_1S: Tensor | None = None,
+    ) -> list[Tensor]:
+        """States [B, S−1−i, H], for `head`, of each head i that has a token to read: at t for token t+2+i, from those
+        up to t+1+i.
 
-        hidden_BSH: of the trunk's last layer, before its final norm. Padding on the right is never seen.
+        hidden_BSH: of the trunk's last layer, before its final norm. embeds_BSH: of the tokens. positions_1S: of packed
+        sequences, each from 0: the last 1+i states of each are then of no use. Padding on the right is never seen.
         """
-        drafts = []
-        for i, head in enumerate(self.layers[: ids_BS.shape[1] - 1]):
-            hidden_BSH, embeds_BSH = hidden_BSH[:, : ids_BS.shape[1] - 1 - i], trunk.embed_tokens(ids_BS[:, i + 1 :])
-            positions = torch.arange(embeds_BSH.shape[1], device=ids_BS.device)[None]
+        states = []
+        length = embeds_BSH.shape[1]
+        positions_1S = torch.arange(length, device=embeds_BSH.device)[None] if positions_1S is None else positions_1S
+        for head in self.layers[: length - 1]:
+            hidden_BSH, embeds_BSH = hidden_BSH[:, : embeds_BSH.shape[1] - 1], embeds_BSH[:, 1:]
+            positions = positions_1S[:, : embeds_BSH.shape[1]]
             mask = create_sliding_window_causal_mask(
                 config=trunk.config,
                 inputs_embeds=embeds_BSH,
@@ -71,12 +78,21 @@ class MtpHeads(nn.Module):
                 position_ids=positions,
             )
             hidden_BSH = head(hidden_BSH, embeds_BSH, mask, trunk.rotary_emb(embeds_BSH, positions, KIND))
-            drafts.append(head.logits(hidden_BSH))
-        return drafts
+            states.append(head.norm(hidden_BSH))
+        return states
+
+
+@contextmanager
+def before_norm(trunk: Step3p7TextModel) -> Iterator[list[Tensor]]:
+    """A list that gets, from each forward of the trunk, the last layer's output [B, S, H] before the final norm."""
+    hidden: list[Tensor] = []
+    with trunk.norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0])):
+        yield hidden
 
 
 def draft_loss(drafts: Sequence[Tensor], labels_BS: Tensor) -> Tensor:
-    """Cross-entropy of what `MtpHeads` gave, summed over the labels that are not −100, mean over the heads."""
+    """Cross-entropy of the heads' logits (`StepForCausalLM.draft`) over the labels that are not −100: the sum over
+    tokens, the mean over heads."""
     losses = [
         F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels_BS[:, i + 2 :].flatten(), reduction="sum")
         for i, logits in enumerate(drafts)

@@ -22,7 +22,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel,
 
 from .experts import GroupedExperts
 from .hub import conversions, mtp_renamings, refuse_other_models, write_released_config
-from .mtp import MtpHeads
+from .mtp import MtpHeads, before_norm
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments that say which files `from_pretrained` reads."""
@@ -93,12 +93,11 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         )
 
     def draft(self, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """input_ids [B, S] → logits [B, S, V], and those of the heads (see `MtpHeads`; [] without heads)."""
-        hidden: list[Tensor] = []
-        watch = self.model.norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-        with watch:
+        """input_ids [B, S] → logits [B, S, V], and those of the heads [B, S−1−i, V] (see `MtpHeads`; [] without)."""
+        with before_norm(self.model) as hidden:
             output = self.model(input_ids=input_ids, use_cache=False)
-        drafts = [] if self.mtp is None else self.mtp(self.model, hidden[0], input_ids)
+        states = [] if self.mtp is None else self.mtp(self.model, hidden[0], self.model.embed_tokens(input_ids))
+        drafts = [head.head(state) for head, state in zip(self.mtp.layers if states else (), states, strict=False)]
         return self.lm_head(output.last_hidden_state), drafts
 
     @classmethod

@@ -80,7 +80,7 @@ class SlotCache(Cache):
     windows: sliding window per layer, None for full attention. slots: sequences that fit at once.
     max_length: positions that a sequence may come to hold.
     Only update, get_seq_length and get_mask_sizes are asked for by a decoder that is given its masks; the
-    abstract per-layer methods of transformers differ between 5.16 and 5.23 and are not used.
+    abstract per-layer methods of transformers differ between 5.19 and 5.23 and are not used.
     """
 
     def __init__(self, windows: Sequence[int | None], slots: int, max_length: int) -> None:

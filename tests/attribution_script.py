@@ -41,9 +41,15 @@ def plant_selection_noise(run: Run) -> None:
         router.module.forward = noisy(router.module)
 
 
-def plant_precision(run: Run) -> None:
+def plant_rounding(run: Run) -> None:
+    """Weights in bf16, computed with in float32: precision and nothing else."""
     for router in find_routers(run.worker.engine.model):
         del router.module.forward
+    run.worker.engine.model.bfloat16().float()
+
+
+def plant_precision(run: Run) -> None:
+    """As rollout.dtype=bf16 does. Decoding then rounds otherwise than one forward does, which is the engine's part."""
     run.worker.engine.model.bfloat16()
     keep_router_fp32(run.worker.engine.model)
 
@@ -78,6 +84,7 @@ def main() -> None:
     for name, plant in (
         ("nothing", lambda run: None),
         ("selection", plant_selection_noise),
+        ("rounding", plant_rounding),
         ("precision", plant_precision),
         ("staleness", plant_staleness),
     ):

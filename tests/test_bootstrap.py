@@ -1,14 +1,12 @@
 """Truncation through the whole loop: a critic that returns its position, and finish reasons that are engineered."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loop_script import SETTINGS
-from runs import MICRO
+from runs import MICRO, python
 
 REWARD = 5.0
 
@@ -25,15 +23,8 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bootstrap")
     (folder / "verifier.py").write_text(VERIFIER)
     options = ["warm_start.steps=0", "rollout.max_new_tokens=8", "reward.name=verifier:score", "algorithm.whiten=none"]
-    command = [sys.executable, str(Path(__file__).with_name("loop_script.py")), str(folder / "out.json")]
-    done = subprocess.run(
-        [*command, str(folder / "run"), *MICRO, *options],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=300,
-        check=False,
-    )
+    script = str(Path(__file__).with_name("loop_script.py"))
+    done = python(script, str(folder / "out.json"), str(folder / "run"), *MICRO, *options, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
 

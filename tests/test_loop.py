@@ -35,7 +35,8 @@ def test_a_run_directory_holds_everything(straight: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_run(straight: Path, tmp_path: Path) -> None:
-    again = train(tmp_path / "again", "trainer.steps=4", "checkpoint.every=2")
+    """In a process of another origin, with another seed of str hashes."""
+    again = train(tmp_path / "again", "trainer.steps=4", "checkpoint.every=2", fresh=True)
     assert without_times(again) == without_times(rows_of(straight))
     other = train(tmp_path / "other", "trainer.steps=1", "seed=1")
     assert other[1]["reward/mean"] != again[1]["reward/mean"]

@@ -65,6 +65,7 @@ AT_LEAST: dict[str, float] = {
     "trainer.critic_lr": 0,
     "trainer.actor_warmup_updates": 0,
     "trainer.critic_warmup_updates": 0,
+    "trainer.mtp_weight": 0,
     "trainer.weight_decay": 0,
     "trainer.max_skipped_updates": 1,
     "eval.every": 0,
@@ -214,6 +215,8 @@ def _router(config: MispoConfig) -> Iterator[str]:
             "router.replay: values are never replayed, but a shared critic (critic.kind) is on the actor's trunk; set "
             "router.replay=off or critic.kind=separate"
         )
+    if config.trainer.mtp_weight and config.model.lora.rank:
+        yield "trainer.mtp_weight: with adapters (model.lora) the draft heads are frozen; set it to 0"
     if router.freeze and config.model.lora.rank:
         yield "router.freeze: with adapters (model.lora) the routers do not learn anyway; leave it out"
 

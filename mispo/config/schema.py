@@ -34,8 +34,8 @@ class ModelConfig:
     path: str | None = "stepfun-ai/Step-3.5-Flash"
     """A Hugging Face causal LM: a directory, or a hub id."""
     mtp: int = 0
-    """Heads of a preset that draft the tokens after the next one, 0 to 3 (Step 3.5 Flash: 3). They learn in the warm
-    start only: RL leaves them alone, and a checkpoint has those that it has."""
+    """Heads of a preset that draft the tokens after the next one, 0 to 3 (Step 3.5 Flash: 3); a checkpoint has what it
+    has. They learn in the warm start, and in RL with `trainer.mtp_weight`."""
     trust_remote_code: bool = False
     """Run the modeling code that a checkpoint carries (checkpoints written by mispo need no such code here)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -265,6 +265,9 @@ class TrainerConfig:
     """Critic learning rate (report: 5e-6)."""
     critic_warmup_updates: int = 50
     """Linear warm-up, in critic updates (report: 50)."""
+    mtp_weight: float = 0.0
+    """Weight of the draft heads' loss beside the actor's, ≥ 0, for example 0.1; 0 = they stay as they are. They learn
+    from what the rollouts wrote; the policy does not feel it, but that they share `max_grad_norm`. Ours."""
     weight_decay: float = 0.1
     """Decoupled, on matrices only (report: 0.1)."""
     max_grad_norm: float = 1.0

@@ -108,19 +108,20 @@ def rewards(metrics: Row, config: MispoConfig) -> str | None:
 def routing(metrics: Row, config: MispoConfig) -> str | None:
     """The routers drift: less sure than at the start, or no longer those of the rollout. Nothing for a dense model."""
     told = []
+    replays = config.router.replay == "rollout"
+    remedy = "" if replays else ", or replay the rollout's routing (router.replay=rollout)"
     agreed, least = metrics.get("moe/expert_agreement"), config.alarms.min_agreement
     if agreed is not None and agreed < least:
         told.append(
             f"moe/expert_agreement: the trainer's routers choose {agreed:.1%} of the rollout's experts, less than "
-            f"{least:.1%}. {mismatch_cause(config)}; or replay the rollout's routing (router.replay=rollout)"
+            f"{least:.1%}. {mismatch_cause(config)}{remedy}"
         )
     low, most = metrics.get("moe/low_confidence/mean"), config.alarms.max_low_confidence
     if low is not None and low > most:
         told.append(
             f"moe/low_confidence/mean: the routers are less sure of {low:.0%} of the tokens than they were of all but "
             f"a tenth in step 1, more than {most:.0%}. Suspected: they drift, which widens the mismatch; lower "
-            "trainer.actor_lr, stay nearer to on-policy (rollout.staleness), or replay the rollout's routing "
-            "(router.replay=rollout)"
+            f"trainer.actor_lr, stay nearer to on-policy (rollout.staleness){remedy}"
         )
     return ". ".join(told) or None
 

@@ -34,17 +34,25 @@ class Measured:
     standing: Standing | None
 
 
-def write_attribution(run_dir: Path, step: int, attribution: Attribution, standing: Standing | None) -> Path:
-    """Writes run_dir/attribution/step_N.json and .png, each atomically; returns the former."""
+def write_attribution(
+    run_dir: Path, step: int, attribution: Attribution, standing: Standing | None, overrides: Sequence[str] = ()
+) -> Path:
+    """Writes run_dir/attribution/step_N.json and .png, each atomically; returns the former.
+
+    overrides: settings that are not the run's, key=value; they become part of the names.
+    """
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     row: dict[str, Any] = {"step": step, "attribution": dataclasses.asdict(attribution)}
     row |= {"standing": None, "advice": None}
     if standing is not None:
         row |= {"standing": as_json(standing), "advice": paragraph(standing)}
-    with replacing(folder / f"step_{step}.png") as temporary:
-        draw_attribution(attribution, temporary, f"Where the mismatch comes from, step {step}")
-    path = folder / f"step_{step}.json"
+    # What would be if … is no part of the run: `read_attributions` passes it by.
+    stem = "+".join([f"step_{step}", *overrides]).replace("/", "_")
+    with replacing(folder / f"{stem}.png") as temporary:
+        title = f"Where the mismatch {'would come' if overrides else 'comes'} from, step {step}"
+        draw_attribution(attribution, temporary, " ".join([title, *overrides]))
+    path = folder / f"{stem}.json"
     with replacing(path) as temporary:
         temporary.write_text(json_line(row), encoding="utf-8")
     return path

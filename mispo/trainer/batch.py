@@ -246,6 +246,15 @@ class ModelInput:
     replay: tuple[Tensor, Tensor] | None = None
 
     @property
+    def ends(self) -> Tensor:
+        """For each place that is read, the column after its trajectory's last token, [n]."""
+        lengths = torch.tensor(self.lengths, device=self.rows.device)
+        if self.positions is None:
+            return lengths[self.rows]
+        ends = lengths.cumsum(0)
+        return ends[torch.searchsorted(ends, self.columns, right=True)]
+
+    @property
     def starts(self) -> list[int]:
         """Where each trajectory begins among the b·S tokens."""
         if self.positions is None:

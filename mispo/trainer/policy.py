@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic, ValueHead
+from model.mtp import before_norm
 from model.replay import RouterReplay
 from model.routing import find_routers
 
@@ -36,6 +37,7 @@ class ActorModule(nn.Module):
 
     entropy_gradient: whether the entropy is part of a loss; else it has no gradient. value_head: of a critic that
     shares the policy's trunk. replays: whether the routers of a MoE activate the experts that come with the input.
+    drafts: whether the heads that draft further tokens are computed too; the policy never feels them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ActorModule(nn.Module):
         entropy_gradient: bool = False,
         value_head: ValueHead | None = None,
         replays: bool = False,
+        drafts: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -53,9 +56,12 @@ class ActorModule(nn.Module):
         self.dtype = dtype
         self.replay = RouterReplay(policy) if replays and find_routers(policy) else None
         self.logprobs = LogprobHead(policy.get_output_embeddings(), dtype, entropy_gradient=entropy_gradient)
+        heads = policy.mtp.layers if drafts else ()
+        self.drafts = nn.ModuleList(LogprobHead(head.head, dtype, entropy_gradient=False) for head in heads)
 
-    def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """log π(target) under softmax(logits/temperature), entropy, V with a value head, at (row, column); [n] fp32.
+    def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """log π(target) under softmax(logits/temperature), entropy, V with a value head, −log of what the draft heads
+        gave to the tokens after the target (mean over heads; 0 past the end), at (row, column); [n] fp32.
 
         With fewer targets than rows, only V is read at the others.
         """
@@ -63,10 +69,33 @@ class ActorModule(nn.Module):
             self.replay.set(*x.replay or (None, None))
         with autocast(x.ids.device, self.dtype):
             decoder = self.policy.get_decoder()
-            hidden = decoder(input_ids=x.ids, position_ids=x.positions, use_cache=False).last_hidden_state
+            with before_norm(decoder) if self.drafts else nullcontext() as states:
+                hidden = decoder(input_ids=x.ids, position_ids=x.positions, use_cache=False).last_hidden_state
         hidden_nH = hidden[x.rows, x.columns]
         logprobs_n, entropy_n = self.logprobs(hidden_nH[: len(x.targets)], x.targets, temperature)
-        return logprobs_n, entropy_n, self.value_head(hidden_nH) if self.value_head else None
+        values_n = self.value_head(hidden_nH) if self.value_head else None
+        # Nobody learns from a score.
+        drafts_n = self._drafts(x, states[0].detach()) if self.drafts and torch.is_grad_enabled() else None
+        return logprobs_n, entropy_n, values_n, drafts_n
+
+    def _drafts(self, x: ModelInput, hidden_BSH: Tensor) -> Tensor:
+        trunk, count = self.policy.get_decoder(), len(x.targets)
+        rows, columns = x.rows[:count], x.columns[:count]
+        # Through every head, also on a rank with nothing but a pad token: under ZeRO-3 the ranks wait for each other.
+        more = max(0, len(self.drafts) + 2 - x.ids.shape[1])
+        hidden_BSH, embeds_BSH = (
+            nn.functional.pad(part, (0, 0, 0, more)) for part in (hidden_BSH, trunk.embed_tokens(x.ids).detach())
+        )
+        positions_1S = None if x.positions is None else nn.functional.pad(x.positions, (0, more))
+        with autocast(x.ids.device, self.dtype):
+            states = self.policy.mtp(trunk, hidden_BSH, embeds_BSH, positions_1S)
+        nll_n = hidden_BSH.new_zeros(count, dtype=torch.float32)
+        for i, (logprobs, state) in enumerate(zip(self.drafts, states, strict=True)):
+            inside = (columns + 2 + i < x.ends[:count]).nonzero()[:, 0]
+            targets = x.ids[rows[inside], columns[inside] + 2 + i]
+            logp, _ = logprobs(state[rows[inside], columns[inside]], targets, 1.0)
+            nll_n = nll_n.index_add(0, inside, -logp / len(self.drafts))
+        return nll_n
 
 
 def checkpoint_layers(model: PreTrainedModel, zero_stage: int) -> None:

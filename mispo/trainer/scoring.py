@@ -60,7 +60,7 @@ def score_policy(
     with RoutingRecorder(actor.module) as recorder:
         for members in equal_count(actor.ranks, layout.microbatches(batch, range(len(batch)))):
             x = _with_ends(layout, batch, members, actor)
-            logprobs, entropy, found = actor.forward(x, temperature)
+            logprobs, entropy, found, _ = actor.forward(x, temperature)
             at, count = batch.tokens_of(members), len(x.targets)
             logprobs_N[at], entropy_N[at] = logprobs.cpu(), entropy.cpu()
             if found is not None:

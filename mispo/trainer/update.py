@@ -73,13 +73,15 @@ def update_actor(
     after_update: Callable[[], None],
     reweigh: Callable[[list[int]], Tensor] | None = None,
     value_loss: ValueLoss | None = None,
+    mtp_weight: float = 0.0,
 ) -> list[Update | None]:
     """`parts` actor updates, each sample used once; None where a mini-batch had nothing accepted (no step).
 
     Trajectories of which every token was rejected are not computed, unless the objective has terms for them too.
     reweigh: weights of these trajectories' tokens under the current π_θ, for the mini-batches after the first (before
     which π_θ is π_old). value_loss: of a critic that shares the trunk; every trajectory is then computed, and its
-    sum is in the update's stats, not in its loss.
+    sum is in the update's stats, not in its loss. mtp_weight: of the draft heads' loss, over all included tokens of the
+    mini-batch; likewise.
     """
     updates: list[Update | None] = []
     for number, members in enumerate(minibatches(batch, parts, seed)):
@@ -88,21 +90,32 @@ def update_actor(
             samples = samples.reweighted(at, reweigh(members))
         scale = objective.scale(samples.at(at, at.device), batch.offsets_of(members), actor.ranks.count)
         count = actor.ranks.count(int(value_loss.included[at].sum())) if value_loss else 0
+        drafted = max(1, actor.ranks.count(int(samples.included[at].sum()))) if mtp_weight else 1
         if scale.kept == 0 and count == 0:
             updates.append(None)
             continue
         sums: dict[str, Tensor] = {}
 
         def loss(
-            part: list[int], samples: Samples = samples, scale: Scale = scale, sums: Any = sums, count: int = count
+            part: list[int],
+            samples: Samples = samples,
+            scale: Scale = scale,
+            sums: Any = sums,
+            count: int = count,
+            drafted: int = drafted,
         ) -> Tensor:
-            logprobs, entropy, values = actor.forward(layout.input(batch, part, actor.ranks.device), temperature)
+            logprobs, entropy, values, drafts = actor.forward(
+                layout.input(batch, part, actor.ranks.device), temperature
+            )
             places = batch.tokens_of(part)
             mine = samples.at(places, logprobs.device)
             share, found = objective(logprobs, entropy, mine, batch.offsets_of(part).to(logprobs.device), scale)
             if value_loss and count:
                 found["value_loss"] = value_loss.share(values, places, count)
                 share = share + value_loss.weight * found["value_loss"]
+            if mtp_weight:
+                found["draft_nll"] = (drafts * mine.included).sum()
+                share = share + mtp_weight * found["draft_nll"] / drafted
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach().double().cpu()
             return share
@@ -111,8 +124,9 @@ def update_actor(
         needed = [b for b in members if objective.everywhere or value_loss or kept_B[b] > 0]
         update = _run(actor, batch, needed, layout, loss, partial=scale.kept == 0)
         stats = {name: actor.ranks.sum(sums[name]).item() for name in sorted(sums)}
-        of_values = value_loss.weight * stats.get("value_loss", 0.0) if value_loss else 0.0
-        update = replace(update, loss=update.loss - of_values, stats=stats)
+        others = mtp_weight * stats.get("draft_nll", 0.0) / drafted
+        others += value_loss.weight * stats.get("value_loss", 0.0) if value_loss else 0.0
+        update = replace(update, loss=update.loss - others, stats=stats)
         updates.append(update)
         if update.applied:
             after_update()

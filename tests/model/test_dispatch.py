@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from mispo.config.schema import MispoConfig, RolloutConfig
-from mispo.models import build_rollout_engine
+from mispo.models import build_rollout_engine, summary
+from mispo.trainer.batch import Layout
 from mispo.trainer.ranks import Ranks
 from model.build import build_policy
 from model.dispatch import GROUPED, experts_in_use, use_grouped_experts
@@ -84,6 +85,8 @@ def test_the_rollout_copy_computes_as_the_trainer_does_and_a_checkpoint_says_not
     config = MispoConfig(rollout=RolloutConfig(dtype="bf16", slots=2))
     engine = build_rollout_engine(policy, tokenizer, config, Ranks(0, 1, torch.device("cpu")))
     assert experts_in_use(engine.model) == GROUPED
+    about = summary(policy, config, Ranks(0, 1, torch.device("cpu")), torch.float32, Layout(4096, packed=False))
+    assert "2 MoE layers (experts: grouped), 1 × cpu" in about
     policy.save_pretrained(tmp_path / "again")
     assert "experts_implementation" not in (tmp_path / "again/config.json").read_text()
 

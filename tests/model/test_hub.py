@@ -247,6 +247,14 @@ def test_a_checkpoint_with_transformers_own_names_opens_and_is_saved_as_released
     assert load_file(tmp_path / "new" / WEIGHTS).keys() == load_file(micro / WEIGHTS).keys()
 
 
+def test_loaded_tensors_begin_where_torch_would_place_them(micro: Path) -> None:
+    """Wherever the file has them: a resumed run rounds as the one that it continues."""
+    loaded, _ = build_policy(None, str(micro))
+    assert {tensor.data_ptr() % 64 for tensor in loaded.state_dict().values()} == {0}
+    mapped = AutoModelForCausalLM.from_pretrained(micro)
+    assert {tensor.data_ptr() % 64 for tensor in mapped.state_dict().values()} != {0}
+
+
 def test_mtp_tensors_are_those_that_the_config_announces(micro: Path, tmp_path: Path) -> None:
     path = changed(micro, tmp_path, **{"model.layers.4.enorm.weight": torch.zeros(64)})
     config = json.loads((path / "config.json").read_text())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts, Step3p7TextModel
 
 from model.build import build_policy
@@ -22,26 +22,82 @@ def policy() -> StepForCausalLM:
     return model.eval()
 
 
-def test_logits_are_those_of_transformers_layers_with_their_own_experts(policy: StepForCausalLM) -> None:
-    reference = Step3p7TextModel(policy.config).eval()
-    assert any(isinstance(m, Step3p7Experts) for m in reference.modules())
-    assert not any(isinstance(m, GroupedExperts) for m in reference.modules())
-    reference.load_state_dict(policy.model.state_dict())
+@pytest.fixture(scope="module")
+def reference(policy: StepForCausalLM) -> Step3p7TextModel:
+    """transformers' own model, with its own experts and the policy's weights."""
+    model = Step3p7TextModel(policy.config).eval()
+    assert any(isinstance(m, Step3p7Experts) for m in model.modules())
+    assert not any(isinstance(m, GroupedExperts) for m in model.modules())
+    model.load_state_dict(policy.model.state_dict())
+    return model
+
+
+def decoded(model: PreTrainedModel) -> torch.Tensor:
+    """Logits, or last hidden states, [2, 50, …] of IDS with a cache: ten tokens at once, then one at a time."""
+    outputs = [model(input_ids=IDS[:, :10], use_cache=True)]
+    for t in range(10, IDS.shape[1]):
+        outputs.append(model(input_ids=IDS[:, t : t + 1], past_key_values=outputs[-1].past_key_values, use_cache=True))
+    return torch.cat([output[0] for output in outputs], 1)
+
+
+def test_logits_are_those_of_transformers_layers_with_their_own_experts(
+    policy: StepForCausalLM, reference: Step3p7TextModel
+) -> None:
     with torch.no_grad():
         expected = policy.lm_head(reference(input_ids=IDS, use_cache=False).last_hidden_state)
         logits = policy(input_ids=IDS, use_cache=False).logits
     assert (logits - expected).abs().max() < 1e-5
 
 
+def test_with_a_cache_too_across_the_window_edge(policy: StepForCausalLM, reference: Step3p7TextModel) -> None:
+    with torch.no_grad():
+        expected = policy.lm_head(decoded(reference))
+        assert (decoded(policy) - expected).abs().max() < 1e-5
+
+
 def test_decoding_with_a_cache_equals_one_forward_across_the_window_edge(policy: StepForCausalLM) -> None:
     with torch.no_grad():
-        whole = policy(input_ids=IDS, use_cache=False).logits
-        output = policy(input_ids=IDS[:, :10], use_cache=True)
-        steps = [output.logits]
-        for t in range(10, IDS.shape[1]):
-            output = policy(input_ids=IDS[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
-            steps.append(output.logits)
-    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4
+        assert (decoded(policy) - policy(input_ids=IDS, use_cache=False).logits).abs().max() < 1e-5
+
+
+def test_packed_sequences_score_as_padded_ones(policy: StepForCausalLM, reference: Step3p7TextModel) -> None:
+    """Lengths on both sides of the window; the positions start anew with each sequence."""
+    lengths = [50, 7, 30, 16, 17]
+    padded = torch.randint(5, 90, (len(lengths), 50), generator=torch.Generator().manual_seed(4))
+    packed = torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        one = policy(input_ids=packed, position_ids=positions, use_cache=False).logits[0]
+        hidden = reference(input_ids=packed, position_ids=positions, use_cache=False).last_hidden_state[0]
+        other = policy(input_ids=padded, use_cache=False).logits
+        unaware = policy(input_ids=packed, use_cache=False).logits[0]
+    expected = torch.cat([row[:n] for row, n in zip(other, lengths, strict=True)])
+    assert (one - expected).abs().max() < 1e-5
+    assert (one - policy.lm_head(hidden)).abs().max() < 1e-5
+    assert (unaware - expected).abs().max() > 1e-2
+
+
+def test_generate_takes_the_most_likely_tokens(policy: StepForCausalLM) -> None:
+    ids = IDS[:, :12]
+    out = policy.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        logits = policy(input_ids=out, use_cache=False).logits
+    assert torch.equal(out[:, 12:], logits[:, 11:-1].argmax(-1))
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model, _ = build_policy("micro", None, seed=0)
+    gradients, forwards = [], []
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: forwards.append(len(gradients)))
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert forwards == [0, 1, 1]
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-7), name
 
 
 def test_padding_on_the_right_is_never_seen(policy: StepForCausalLM) -> None:

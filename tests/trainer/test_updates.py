@@ -1,8 +1,5 @@
 """The same update on one and two ranks and under every ZeRO stage; NaN never reaches the parameters."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import python
 
 SCRIPT = Path(__file__).with_name("updates_script.py")
 
@@ -17,14 +15,7 @@ Saved = Callable[[str, int, int], tuple[dict[str, Any], Path]]
 
 
 def run_script(out: Path, stage: int, rounds: int, *flags: str, ranks: int = 1) -> dict[str, Any]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, str(SCRIPT), str(out), str(stage), str(rounds), *flags]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, cwd=out.parent, check=False
-    )
+    done = python(str(SCRIPT), str(out), str(stage), str(rounds), *flags, cwd=out.parent, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 
