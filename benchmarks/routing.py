@@ -123,6 +123,10 @@ def attribute(run: Path, path: Path, overrides: Sequence[str]) -> None:
             stderr=subprocess.STDOUT,
             check=True,
         )
+    (written,) = (path / FOLDER).glob(
+        "step_*+*.json"
+    )  # apart from a run's own; but this copy is the run that it asks of
+    written.rename(written.with_name(f"{written.name.partition('+')[0]}.json"))
 
 
 def run_row(rows: list[dict[str, Any]]) -> list[str]:
