@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "attribute", help="sample from a run's last checkpoint and say where rollout and trainer disagree"
     )
     attribute.add_argument("run", type=Path, metavar="RUN")
-    attribute.add_argument("overrides", nargs="*", metavar="key=value", help="what if it were so; nothing is changed")
+    attribute.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="what if it were so; nothing is changed"
+    )
     attribute.set_defaults(command=_attribute)
     return parser
 
@@ -307,15 +309,20 @@ def _attribute(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{options.run}: no checkpoint yet; attribution needs one, written every checkpoint.every steps"
         )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from mispo.assemble import build_run
-    from mispo.loop import attribute_next
-    from mispo.monitor.advice import paragraph
-    from mispo.monitor.attribution import attribution_table, write_attribution
-    from mispo.monitor.console import make_console
-
-    run = build_run(config, options.run, resume=True, tracked=False)
+    kept = config_from_file(options.run / "config.yaml", []).rollout.staleness
+    if config.rollout.staleness > kept:
+        raise ValueError(f"rollout.staleness: {config.rollout.staleness}, but the run kept older weights up to {kept}")
+    signal.signal(signal.SIGTERM, _terminate)
+    run: Run | None = None
     try:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from mispo.assemble import build_run
+        from mispo.loop import attribute_next
+        from mispo.monitor.advice import paragraph
+        from mispo.monitor.attribution import attribution_table, write_attribution
+        from mispo.monitor.console import make_console
+
+        run = build_run(config, options.run, resume=True, tracked=False)
         step, attribution, standing = attribute_next(run)
         if run.ranks.first:
             path = write_attribution(options.run, step, attribution, standing, options.overrides)
@@ -323,9 +330,15 @@ def _attribute(options: argparse.Namespace) -> int:
             console.print(attribution_table(attribution), highlight=False)
             console.print(paragraph(standing), markup=False, highlight=False)
             console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
-    except BaseException:
-        run.close(1)
-        raise
+    except BaseException as error:
+        if run:
+            run.close(1)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        exit_at_once()
+        if rank() == 0:
+            say("interrupted; nothing was written")
+        return 130
     run.close(0)
     return 0
 

@@ -113,7 +113,10 @@ def test_mispo_attribute_asks_the_last_checkpoint_and_changes_nothing_else(run: 
     assert found["parts"]["precision"]["rms"] > 1e-4  # without bf16 it is 0
 
 
-def test_mispo_attribute_says_what_it_lacks(tmp_path: Path) -> None:
+def test_mispo_attribute_says_what_it_lacks(run: Path, tmp_path: Path) -> None:
     done = mispo("attribute", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
     assert "config.yaml" in done.stderr
+    done = mispo("attribute", str(run), "rollout.staleness=9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "rollout.staleness: 9, but the run kept older weights up to 4" in done.stderr

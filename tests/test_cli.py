@@ -113,6 +113,10 @@ def test_a_report_of_no_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_p
     assert "give the run_dir of a `mispo train` run" in refused(capsys, "report", str(tmp_path))
 
 
+def test_attribute_asks_for_a_run_and_for_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "attribute").endswith("required: RUN\n")
+
+
 @pytest.mark.parametrize(
     ("rows", "overrides", "words"),
     [
