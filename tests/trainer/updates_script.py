@@ -164,7 +164,7 @@ def main() -> None:
         "stop": (actor.updates, critic.updates),
     }
     if "--save" in flags:
-        progress = Progress(1, 0, actor.updates, critic.updates, None, {}, {}, None)
+        progress = Progress(1, 0, actor.updates, critic.updates, None, {}, {}, None, None)
         save_checkpoint(
             Path(flags["--save"]),
             progress=progress,
