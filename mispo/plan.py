@@ -25,7 +25,7 @@ from model.routing import find_routers, smallest_integer
 from model.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_plan(config: MispoConfig, directory: Path) -> None:
@@ -75,6 +75,8 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
     try:
         shape = _shape(config)
     except (OSError, ValueError) as error:
+        if config.model.preset is not None:
+            raise
         return [("unknown", f"the model's configuration does not open: {str(error).splitlines()[0]}")]
     with torch.device("meta"):
         model = StepForCausalLM(shape) if config.model.preset else AutoModelForCausalLM.from_config(shape)
@@ -88,6 +90,9 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         for bytes_, first in ((4 * learning + frozen, 3), (4 * learning, 2), (states, 1))
     )
     rollout_bytes = compute_dtype(config.rollout.dtype, device).itemsize
+    # Attribution takes the difference of weights for what it is, not for rounding; and computes with a copy.
+    attributes = config.router.attribute_every > 0 and config.rollout.staleness > 0
+    kept_bytes = 4 if attributes else rollout_bytes
     text = shape.get_text_config()
     tokens = config.trainer.tokens_per_microbatch
     separate = config.algorithm.advantage == "gae" and config.critic.kind == "separate"
@@ -108,7 +113,7 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
             ("experts of the rollout", f"{each} bytes a token, at most {size(most)} on the host (router.record)")
         ]
     return [
-        ("parameters", f"{count / 1e6:.2f} M{', and about as many again for the critic' if separate else ''}"),
+        ("parameters", f"{number(count)}{', and about as many again for the critic' if separate else ''}"),
         *([("adapters", f"{learning / 1e6:.2f} M parameters per model (model.lora.rank {rank})")] if rank else []),
         (" + ".join(trained), f"{size(on_device)} ({parts})"),
         *([("on the host", f"{size(len(trained) * hosted)} (trainer.offload)")] if hosted else []),
@@ -116,8 +121,9 @@ def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
         ("rollout copy", f"{size(count * rollout_bytes)}"),
         ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
         *recorded,
+        *([("attribution", f"{size(4 * count)} (router.attribute_every, a copy for the while)")] if attributes else []),
         ("logits", f"{size(3 * min(tokens * text.vocab_size * 4, CHUNK_BYTES))} (of one chunk, softmax and gradient)"),
-        ("old weights", f"{size((config.rollout.staleness + 1) * count * rollout_bytes)} (rollout.staleness)")
+        ("old weights", f"{size((config.rollout.staleness + 1) * count * kept_bytes)} (rollout.staleness)")
         if config.rollout.staleness
         else ("old weights", "none"),
     ]  # fmt: skip
@@ -141,6 +147,11 @@ def _learning(model: PreTrainedModel, config: MispoConfig) -> tuple[int, int]:
     hidden = sum(p.numel() for p in learning if p.ndim >= 2 and id(p) not in ends)
     count = sum(p.numel() for p in learning)
     return count, 8 * count - (4 * hidden if config.trainer.optimizer == "muon" else 0)
+
+
+def number(count: int) -> str:
+    """Parameters for people: 1.73 M, 197 B."""
+    return f"{count / 1e9:.4g} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def size(count: float) -> str:

@@ -143,7 +143,13 @@ class Run:
     def say_standing(self, standing: Standing) -> None:
         """Advice on routing, where it is first known."""
         if self.printer and not self.told_standing:
-            self.printer.console.print(f"routing: {paragraph(standing)}", markup=False, highlight=False)
+            told, stale = paragraph(standing), self.config.rollout.staleness
+            if stale and not standing.stale:
+                told += (
+                    f" So far the weights are current; those of later steps lag by rollout.staleness={stale}: "
+                    "router.attribute_every measures what that changes."
+                )
+            self.printer.console.print(f"routing: {told}", markup=False, highlight=False)
         self.told_standing = True
 
     def report_baseline(self) -> None:

@@ -155,6 +155,9 @@ def _problems(config: MispoConfig) -> Iterator[str]:
         value = str(value_of(config, key))
         if value not in choices:
             near = get_close_matches(value, choices, 1)
+            if value == "False" and "off" in choices:
+                yield f"{key}: YAML reads a bare off as false; write 'off', with its quotes"
+                continue
             yield f"{key}: {value!r} is none of {', '.join(choices)}{f'; did you mean {near[0]}?' if near else ''}"
     for key, least in AT_LEAST.items():
         if not least <= _number(config, key) < math.inf:

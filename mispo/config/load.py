@@ -69,16 +69,17 @@ def config_from_file(path: Path, overrides: Sequence[str]) -> MispoConfig:
     """The config that a run wrote into its directory, with overrides on top (no groups)."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; this is no run directory")
-    for override in parse_overrides(overrides):
+    parsed = parse_overrides(overrides)
+    for override in parsed:
         if override.key_or_group in (*GROUPS, "recipe"):
             raise ValueError(f"{override.key_or_group}: a resumed run keeps its recipes; override single keys")
         if override.key_or_group.startswith(FIXED):
             raise ValueError(f"{override.key_or_group}: was settled when the run began; leave it out, or start anew")
         _check_key(override)
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(MispoConfig), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(MispoConfig), OmegaConf.load(path))
+        for override in parsed:
+            OmegaConf.update(merged, override.key_or_group, override.value())
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error.full_key}: {str(error.msg or error).splitlines()[0]}") from error

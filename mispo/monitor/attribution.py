@@ -22,7 +22,7 @@ from mispo.monitor.standing import Standing, as_json, from_json
 
 FOLDER = "attribution"
 
-COLUMNS = ("cause", "share of Var(log x)", "of which through routing", "rms, nats", "KL, nats per token")
+COLUMNS = ("cause", "share of Var(log x)", "of which through routing", "rms, nats", "−mean, nats per token")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def percent(share: float, error: float = math.nan) -> str:
     """12.3% ± 4.5, `-` for no number."""
     if not math.isfinite(share):
         return "-"
-    return f"{share:.1%}" + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
+    return f"{round(share, 3) + 0.0:.1%}" + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
 
 
 def _nats(value: float) -> str:

@@ -70,4 +70,4 @@ def _bars(axes: Axes, values: list[tuple[float, float]], shift: float, height: f
         places, widths, height * 0.92, xerr=errors, capsize=3, ecolor="0.2", color=color, alpha=0.85, label=legend
     )
     for place, width, error in zip(places, widths, errors, strict=True):
-        axes.text(max(width + error, 0.0) + 0.012, place, f"{width:.1%}", va="center", fontsize=9)
+        axes.text(max(width + error, 0.0) + 0.012, place, f"{round(width, 3) + 0.0:.1%}", va="center", fontsize=9)

@@ -69,7 +69,7 @@ def load_rollouts(path: Path) -> list[Trajectory]:
     """
     try:
         return [_trajectory(row) for row in pq.read_table(path, columns=ROLLOUT_FIELDS.names).to_pylist()]
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not read as rollouts of this version of mispo ({reason})") from error
 
@@ -85,8 +85,10 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     )
     confidence, experts = row["routing_confidence"], row["routed_experts"]
     if experts is not None:
-        shape = (len(prompt_ids) + len(completion_ids) - 1, len(confidence), -1)
-        experts = torch.tensor(experts, dtype=torch.int16).reshape(shape)
+        positions, layers = len(prompt_ids) + len(completion_ids) - 1, len(confidence)
+        if len(experts) % (positions * layers):
+            raise ValueError(f"{len(experts)} routed experts do not belong to {positions} positions × {layers} layers")
+        experts = torch.tensor(experts, dtype=torch.int16).reshape(positions, layers, -1)
     return Trajectory(
         prompt=Prompt(prompt_ids, row["question"], row["answer"], {}, row["index"]),
         sample=row["sample"],

@@ -111,12 +111,20 @@ def test_a_saved_config_is_read_back_equal_and_can_be_changed(tmp_path: Path) ->
     assert config_from_file(tmp_path / "config.yaml", []) == config
     longer = config_from_file(tmp_path / "config.yaml", ["trainer.steps=99"])
     assert longer.trainer.steps == 99
+    words = ["router.replay=off", "alarms.action=off", "critic.value_clip=null", "tracking.project='a = b'"]
+    changed = config_from_file(tmp_path / "config.yaml", [*words, "algorithm.filter.token_bounds=[0.4,3]"])
+    assert (changed.router.replay, changed.alarms.action) == ("off", "off")
+    assert (changed.critic.value_clip, changed.tracking.project) == (None, "a = b")
+    assert changed.algorithm.filter.token_bounds == [0.4, 3.0]
     with pytest.raises(ValueError, match="a resumed run keeps its recipes"):
         config_from_file(tmp_path / "config.yaml", ["recipe=smoke"])
     with pytest.raises(ValueError, match=r"did you mean trainer\.steps"):
         config_from_file(tmp_path / "config.yaml", ["trainer.stepps=9"])
     with pytest.raises(ValueError, match="this is no run directory"):
         config_from_file(tmp_path / "gone.yaml", [])
+    (tmp_path / "config.yaml").write_text("router: {replay: off}\n")
+    with pytest.raises(ValueError, match=r"router\.replay: YAML reads a bare off as false"):
+        config_from_file(tmp_path / "config.yaml", [])
     (tmp_path / "config.yaml").write_text("trainer: {stepps: 3}\n")
     with pytest.raises(ValueError, match="stepps"):
         config_from_file(tmp_path / "config.yaml", [])
