@@ -2,10 +2,10 @@
 
     python benchmarks/routing.py [--seeds 0] [--runs runs/routing]
 
-Trains with rollouts 16 actor updates old, in fp32 and in bf16, with an attribution every few steps; then asks `mispo
-attribute` what it would be from the last checkpoint of the fp32 run with other rollouts. Does what is missing under
---runs, one process of one thread at a time, and reads the tables from the runs' own metrics.jsonl and attribution/.
-About a quarter of an hour on an idle core. Delete the runs of an older commit first.
+Trains with rollouts 16 actor updates old, in fp32, in bf16, and in bf16 with the rollout's routing replayed, with an
+attribution every few steps; then asks `mispo attribute` what it would be from the last checkpoint of the fp32 run with
+other rollouts. Does what is missing under --runs, one process of one thread at a time, and reads the tables from the
+runs' own metrics.jsonl and attribution/. Delete the runs of an older commit first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Arm:
 
 STALE = ("recipe=quickstart_stale", "trainer.steps=24", "router.attribute_every=10")
 BF16 = "rollout.dtype=bf16"
-ARMS = (Arm("fp32", STALE), Arm("bf16", (*STALE, BF16)))
+ARMS = (Arm("fp32", STALE), Arm("bf16", (*STALE, BF16)), Arm("bf16, replayed", (*STALE, BF16, "router.replay=rollout")))
 WHAT_IF = (Arm("if bf16", (BF16,)), Arm("if bf16, on policy", (BF16, "rollout.staleness=0")))
 """Overrides for `mispo attribute` on the last checkpoint of the first of ARMS."""
 
@@ -123,9 +123,8 @@ def attribute(run: Path, path: Path, overrides: Sequence[str]) -> None:
             stderr=subprocess.STDOUT,
             check=True,
         )
-    (written,) = (path / FOLDER).glob(
-        "step_*+*.json"
-    )  # apart from a run's own; but this copy is the run that it asks of
+    # A what-if lies apart from the run's own, but this copy is nothing else.
+    (written,) = (path / FOLDER).glob("step_*+*.json")
     written.rename(written.with_name(f"{written.name.partition('+')[0]}.json"))
 
 

@@ -333,6 +333,9 @@ def _attribute(options: argparse.Namespace) -> int:
     except BaseException as error:
         if run:
             run.close(1)
+        if isinstance(error, RuntimeError | OSError):
+            say(f"error: {error}")
+            return 1
         if not isinstance(error, KeyboardInterrupt):
             raise
         exit_at_once()
