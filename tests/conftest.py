@@ -15,20 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and some machines w
 
 
 LONG = (
-    "test_interrupt",
-    "test_loop",
-    "test_updates",
-    "test_methods",
-    "test_cli",
-    "test_learning",
-    "test_attribution",
-    "test_launchers",
+    *("test_interrupt", "test_loop", "test_updates", "test_methods", "test_learning"),
+    *("test_launchers", "test_cli", "test_attribution", "test_bootstrap"),
 )
-"""Files that take a minute and more: behind all others, and so that two workers end at about the same time."""
+"""Files that start many runs: behind all others, the longest first, so that two workers end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[bool, int]:
-        return item.get_closest_marker("slow") is not None, LONG.index(item.path.stem) if item.path.stem in LONG else -1
-
-    items.sort(key=place)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else -1)

@@ -25,6 +25,7 @@ MICRO = [
     "data.task_args.max_n=63",
     "data.eval_size=8",
     "trainer.tokens_per_microbatch=1024",
+    "trainer.critic_minibatches=6",
     "reward=exact",
 ]
 """A run of a few seconds. For this task `gym` scores as `exact` does, but takes seconds to import in each worker."""

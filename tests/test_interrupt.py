@@ -65,23 +65,23 @@ def wait_for_rows(process: subprocess.Popen[str], run: Path, count: int) -> None
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps without an interruption."""
+    """Eight steps without an interruption."""
     run = tmp_path_factory.mktemp("straight") / "run"
     train(run, *LONG)
     return run
 
 
-LONG = ("trainer.steps=12", "checkpoint.every=3", "rollout.staleness=2")
+LONG = ("trainer.steps=8", "checkpoint.every=3", "rollout.staleness=2")
 
 
 def assert_same_run(run: Path, other: Path) -> None:
     """Metrics, sampled tokens, weights and optimizer states, bit for bit."""
     assert without_times(rows_of(run)) == without_times(rows_of(other))
     columns = ["prompt_ids", "completion_ids", "rollout_logprobs", "reward", "multiplicity", "advantage_mean"]
-    for step in range(1, 13):
+    for step in range(1, 9):
         a, b = (pq.read_table(r / f"rollouts/step_{step}.parquet", columns=columns) for r in (run, other))
         assert a.equals(b), step
-    last = "checkpoints/step_12"
+    last = "checkpoints/step_8"
     files = sorted(str(p.relative_to(run / last)) for p in (run / last).rglob("*.safetensors"))
     assert len(files) == 5
     for file in files:
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight: Path, tmp_path: P
     """kill −9 at a random moment; then the same command again."""
     run, choose = tmp_path / "run", random.Random(seed)
     process = start(run, *LONG)
-    wait_for_rows(process, run, choose.randint(4, 10))
+    wait_for_rows(process, run, choose.randint(4, 7))
     time.sleep(choose.random())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
@@ -192,7 +192,7 @@ def test_a_directory_that_turns_into_a_file_ends_the_run_with_its_path_and_the_r
 def test_a_torn_checkpoint_is_left_out_and_the_one_before_is_used(straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight, run, symlinks=True)
-    critic = run / "checkpoints/step_12/critic.safetensors"
+    critic = run / "checkpoints/step_8/critic.safetensors"
     size = critic.stat().st_size
     os.truncate(critic, size // 2)
     done = mispo("train", "--resume", str(run), cwd=tmp_path)
@@ -205,7 +205,7 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_the_checkpoint_before(strai
     """A limit on the size of files stands in for the full disk: the actor fits, the optimizer's states do not."""
     run = tmp_path / "run"
     shutil.copytree(straight, run, symlinks=True)
-    shutil.rmtree(run / "checkpoints/step_12")
+    shutil.rmtree(run / "checkpoints/step_8")
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
@@ -213,8 +213,8 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_the_checkpoint_before(strai
     command = [sys.executable, "-P", "-m", "mispo.cli", "train", "--resume", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limit)
     assert done.returncode == 1
-    assert re.search(r"error: the checkpoint \S*/step_12 could not be written: .*[Ff]ile too large", done.stderr)
-    assert f"The last checkpoint is step_9; continue with: mispo train --resume {run}" in done.stderr
+    assert re.search(r"error: the checkpoint \S*/step_8 could not be written: .*[Ff]ile too large", done.stderr)
+    assert f"The last checkpoint is step_6; continue with: mispo train --resume {run}" in done.stderr
     done = mispo("train", "--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(run, straight)

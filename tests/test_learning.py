@@ -1,4 +1,4 @@
-"""Does it learn? The smoke recipe over three seeds, and the control that must not."""
+"""Does it learn? The smoke recipe over two seeds, and the control that must not."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def gain(directory: Path, *overrides: str) -> float:
     return sum(rewards[-3:]) / 3 - sum(rewards[:3]) / 3
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_smoke_learns(tmp_path: Path, seed: int) -> None:
     assert gain(tmp_path / "run", f"seed={seed}") >= 0.05
 

@@ -24,7 +24,8 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     rows: metric rows, in any order, any of the metrics missing (its panel then says so).
     """
     rows = merge_steps(rows)
-    figure = Figure(figsize=(11, 6.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 6.6), dpi=110)
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.075, top=0.95, wspace=0.13, hspace=0.15)
     FigureCanvasAgg(figure)
     (reward, length), (accept, routing) = figure.subplots(2, 2, sharex=True)
     _reward(reward, rows)
