@@ -1,11 +1,10 @@
-"""Where does the quickstart's mismatch come from, what of it goes through the routers, and what does replay change?
+"""Where does the quickstart's mismatch come from, what of it goes through the routers, and what would replay change?
 
     python benchmarks/routing.py [--seeds 0] [--runs runs/routing]
 
-Trains with rollouts 16 actor updates old, in fp32, in bf16, and in bf16 with the rollout's routing replayed, with an
-attribution every few steps; then asks `mispo attribute` what it would be from the last checkpoint of the fp32 run with
-other rollouts. Does what is missing under --runs, one process of one thread at a time, and reads the tables from the
-runs' own metrics.jsonl and attribution/. Delete the runs of an older commit first.
+Trains with rollouts 16 actor updates old, in fp32 and in bf16, with an attribution every few steps; then asks `mispo
+attribute` what it would be from the last checkpoint of the fp32 run with other rollouts. Does what is missing under
+--runs, one process of one thread at a time, and reads the tables from the runs' own metrics.jsonl and attribution/. Delete the runs of an older commit first.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Arm:
 
 STALE = ("recipe=quickstart_stale", "trainer.steps=24", "router.attribute_every=10")
 BF16 = "rollout.dtype=bf16"
-ARMS = (Arm("fp32", STALE), Arm("bf16", (*STALE, BF16)), Arm("bf16, replayed", (*STALE, BF16, "router.replay=rollout")))
+ARMS = (Arm("fp32", STALE), Arm("bf16", (*STALE, BF16)))
 WHAT_IF = (Arm("if bf16", (BF16,)), Arm("if bf16, on policy", (BF16, "rollout.staleness=0")))
 """Overrides for `mispo attribute` on the last checkpoint of the first of ARMS."""
 
