@@ -4,7 +4,8 @@
 
 Trains with rollouts 16 actor updates old, in fp32 and in bf16, with an attribution every few steps; then asks `mispo
 attribute` what it would be from the last checkpoint of the fp32 run with other rollouts. Does what is missing under
---runs, one process of one thread at a time, and reads the tables from the runs' own metrics.jsonl and attribution/. Delete the runs of an older commit first.
+--runs, one process of one thread at a time, and reads the tables from the runs' own metrics.jsonl and attribution/.
+Delete the runs of an older commit first.
 """
 
 from __future__ import annotations
