@@ -9,7 +9,8 @@ and once more with the rollout's routing replayed everywhere: what then vanishes
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,15 +27,6 @@ from mispo.trainer.policy import ActorModule, Reference
 from mispo.trainer.scoring import score_logprobs
 from mispo.trainer.weights import WeightSync
 from rollouts.trajectory import Trajectory
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The trajectories of a step that are looked at, on this rank: members of the step's batch, and they alone."""
-
-    members: list[int]
-    batch: Batch
-    trajectories: list[Trajectory]
 
 
 def attribute_step(run: Run, step: int, record: StepRecord) -> dict[str, float]:
@@ -54,14 +46,14 @@ def measure(run: Run, record: StepRecord) -> tuple[Attribution, Standing]:
     """The attribution of up to router.attribute_trajectories trajectories of all ranks, and the model's standing."""
     limit = min(run.config.router.attribute_trajectories, record.batch.total)
     members = [b for b, position in enumerate(record.batch.position_B.tolist()) if position < limit]
-    sample = Sample(members, record.batch.part(members), [record.trajectories[b] for b in members])
+    batch, trajectories = record.batch.part(members), [record.trajectories[b] for b in members]
 
     def everyone(x_B: Tensor) -> Tensor:
-        return run.ranks.gather(x_B, sample.batch.position_B, limit)
+        return run.ranks.gather(x_B, batch.position_B, limit)
 
-    free = telescope(run, sample, replay=False)
+    free = telescope(run, batch, trajectories, replay=False)
     recorded = run.config.router.record and run.num_experts > 0
-    replayed = telescope(run, sample, replay=True) if recorded else None
+    replayed = telescope(run, batch, trajectories, replay=True) if recorded else None
     replaying = run.config.router.replay == "rollout"
     seen = record.policy.routing and record.policy.routing.at(record.batch.tokens_of(members))
     windows_B2 = record.selection.window_B2
@@ -71,35 +63,35 @@ def measure(run: Run, record: StepRecord) -> tuple[Attribution, Standing]:
         log_x_replayed_N=torch.stack(list(replayed.values())).sum(0) if replayed else None,
         weights_part_N=(replayed if replayed and replaying else free)["weights"],
         confidence_N=seen.confidence.mean(0) if seen else None,
-        agreement_N=mean_agreement(seen.own, rollout_experts(sample.trajectories, seen)) if seen and recorded else None,
+        agreement_N=mean_agreement(seen.own, rollout_experts(trajectories, seen)) if seen and recorded else None,
         chance=seen.experts.shape[-1] / run.num_experts if seen else math.nan,
-        offsets_B1=sample.batch.offsets_B1,
+        offsets_B1=batch.offsets_B1,
         log_window_B2=(bounds if windows_B2 is None else windows_B2[members]).log(),
         replaying=replaying,
         everyone=everyone,
         reduce=run.ranks.sum,
     )
-    return attribute(free, replayed, sample.batch.offsets_B1, everyone), standing
+    return attribute(free, replayed, batch.offsets_B1, everyone), standing
 
 
-def telescope(run: Run, sample: Sample, *, replay: bool) -> dict[str, Tensor]:
+def telescope(run: Run, batch: Batch, trajectories: Sequence[Trajectory], *, replay: bool) -> dict[str, Tensor]:
     """Parts of log x [N], in nats; replay: with the rollout's routing in every forward."""
     assert isinstance(run.sync, WeightSync), "without an engine there is nothing to compare with"
     temperature = run.config.rollout.temperature
-    experts = [t.routed_experts for t in sample.trajectories] if replay else None
-    batch = replace(sample.batch, experts=experts)
+    experts = [t.routed_experts for t in trajectories] if replay else None
+    batch = replace(batch, experts=experts)
     members = range(len(batch))
     trainer_N = score_logprobs(run.actor, batch, members, run.layout, temperature)
     stale_N = trainer_N
-    version, weights = run.sync.rollout_weights()
-    if version != run.actor.updates:
+    if run.sync.engine.weight_version != run.actor.updates:
+        _, weights = run.sync.rollout_weights()
         policy = run.actor.module.policy
         copy = another(policy, weights, run.ranks.device, policy.config._attn_implementation)
         shadow = Reference(ActorModule(copy, run.actor.module.dtype, replays=True), run.ranks)
         stale_N = score_logprobs(shadow, batch, members, run.layout, temperature)
-    pairs = [(t.prompt_ids, t.completion_ids) for t in sample.trajectories]
+    pairs = [(t.prompt_ids, t.completion_ids) for t in trajectories]
     scores = run.sync.engine.score(pairs, temperature, experts)
-    scored = [score[t.action_mask] for score, t in zip(scores, sample.trajectories, strict=True)]
+    scored = [score[t.action_mask] for score, t in zip(scores, trajectories, strict=True)]
     engine_N = torch.cat(scored) if scored else torch.zeros(0)
     steps_N = [x_N.double() for x_N in (trainer_N, stale_N, engine_N, batch.rollout_logprobs_N)]
     names = ("weights", "precision", "rest")

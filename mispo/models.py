@@ -24,6 +24,7 @@ from model.routing import find_routers, keep_router_fp32
 from rollouts.native import NativeEngine
 
 REPLAYED = {"rollout": "the rollout", "old": "π_old"}
+"""Whose routing router.replay takes, in words."""
 
 BASE = "base"
 """Of a run with adapters on a preset: the model that they are put on."""

@@ -75,8 +75,8 @@ def main() -> None:
     rms: dict[str, float] = {}
     telescope = attribute.telescope
 
-    def watched(run: Run, sample: attribute.Sample, *, replay: bool) -> dict[str, Tensor]:
-        parts = telescope(run, sample, replay=replay)
+    def watched(*arguments: Any, replay: bool) -> dict[str, Tensor]:
+        parts = telescope(*arguments, replay=replay)
         rms["replayed" if replay else "free"] = sum(parts.values()).square().mean().sqrt().item()
         return parts
 
