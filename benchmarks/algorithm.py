@@ -20,11 +20,11 @@ from writing import table, write_results
 
 from mispo.algorithm.advantage import gae, group_advantages, whiten
 from mispo.algorithm.filter import Proposal
-from mispo.algorithm.mismatch import acceptance_metrics, mismatch_metrics, mismatch_sums, ratio_histogram
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import lengths_of, offsets_of, owner_of
+from mispo.build.algorithm import build_method
 from mispo.config.load import load_config
-from mispo.method import build_method
+from mispo.metrics.mismatch import acceptance_metrics, mismatch_metrics, mismatch_sums, ratio_histogram
 from mispo.trainer.policy import ActorModule
 from model.build import build_policy
 

@@ -26,9 +26,9 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 from writing import table, write_results
 
 from model.build import build_policy
-from model.experts import GroupedExperts
+from model.moe.routers import RoutingRecorder, find_routers
 from model.presets import preset_config
-from model.routing import RoutingRecorder, find_routers
+from model.step.experts import GroupedExperts
 
 TOKENS = (64, 512, 4096)
 LOOP = "Step, transformers' loop"

@@ -18,13 +18,13 @@ from torch import Tensor
 from writing import table, write_results
 
 from mispo.config.load import load_config
-from mispo.data import build_data
-from mispo.traces import careful_opening
-from mispo.warm_start import warm_start
+from mispo.data.prompts import build_data
+from mispo.warm_start.traces import careful_opening
+from mispo.warm_start.train import warm_start
 from model.build import build_policy
-from model.step import StepForCausalLM
+from model.step.step import StepForCausalLM
 from rollouts.engine import Request
-from rollouts.native import NativeEngine
+from rollouts.native.engine import NativeEngine
 
 HEADS = 3
 MAX_NEW_TOKENS = 96

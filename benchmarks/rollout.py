@@ -23,7 +23,7 @@ from writing import table, write_results
 
 from model.build import build_policy
 from rollouts.engine import Request
-from rollouts.native import NativeEngine
+from rollouts.native.engine import NativeEngine
 
 SLOTS, LONGEST, PROMPT = 64, 256, 16
 NEVER = 10**6

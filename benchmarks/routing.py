@@ -25,11 +25,11 @@ from typing import Any
 from running import Job, train_all
 from writing import table, write_results
 
+from mispo.metrics.diagnosis import Standing
 from mispo.monitor.advice import regime
-from mispo.monitor.attribution import FOLDER, Measured, percent, read_attributions
-from mispo.monitor.attribution_figure import label
+from mispo.monitor.report.attribution import FOLDER, Measured, percent, read_attributions
+from mispo.monitor.report.attribution_plot import label
 from mispo.monitor.rows import read_rows
-from mispo.monitor.standing import Standing
 
 AT_ONCE = 1
 

@@ -26,16 +26,16 @@ from mispo.algorithm.loss import ppo_loss
 from mispo.algorithm.objective import Objective, Samples
 from mispo.algorithm.segments import owner_of, segment_mean
 from mispo.config.schema import TrainerConfig
-from mispo.monitor.flops import count_flops, peak_flops
 from mispo.trainer.batch import Layout, pack
 from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, checkpoint_layers, compute_dtype
 from mispo.trainer.scoring import score_policy
 from mispo.trainer.update import update_actor
 from model.build import build_policy
+from model.facts import count_flops, peak_flops
+from model.moe.routers import keep_router_fp32
 from model.presets import preset_config
-from model.routing import keep_router_fp32
-from model.step import StepForCausalLM
+from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 from rollouts.trajectory import Prompt, Trajectory
 

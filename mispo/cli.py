@@ -25,9 +25,9 @@ from mispo.config.load import (
     save_config,
 )
 from mispo.config.schema import MispoConfig
-from mispo.failure import rank, say, say_bad_input, say_failure
-from mispo.interrupt import exit_at_once
-from mispo.monitor.files import replacing
+from mispo.system.failure import rank, say, say_bad_input, say_failure
+from mispo.system.files import replacing
+from mispo.system.interrupt import exit_at_once
 
 if TYPE_CHECKING:
     from mispo.run import Run
@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace) -> int:
     resume = options.resume is not None or _is_the_same_run(directory, config, replay=bool(files))
     if options.dry_run:
         if rank() == 0:
-            from mispo.plan import print_plan
+            from mispo.commands.plan import print_plan
 
             print_plan(config, directory)
         return 0
@@ -185,7 +185,7 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence
     run: Run | None = None
     try:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from mispo.assemble import build_run
+        from mispo.build.run import build_run
         from mispo.loop import train
 
         run = build_run(config, directory, resume=resume, replay=replay)
@@ -223,7 +223,7 @@ def _remove_if_unused(directory: Path) -> None:
 
 def _finish(run: Run) -> None:
     from mispo.monitor.console import make_console, summary
-    from mispo.monitor.report import write_report
+    from mispo.monitor.report.report import write_report
     from mispo.monitor.rows import before_after, read_rows, references
     from mispo.monitor.terminal_curve import curve
 
@@ -297,7 +297,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from mispo.monitor.report import write_report
+    from mispo.monitor.report.report import write_report
 
     say(str(write_report(options.run)))
     return 0
@@ -316,11 +316,11 @@ def _attribute(options: argparse.Namespace) -> int:
     run: Run | None = None
     try:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from mispo.assemble import build_run
+        from mispo.build.run import build_run
         from mispo.loop import attribute_next
         from mispo.monitor.advice import paragraph
-        from mispo.monitor.attribution import attribution_table, write_attribution
         from mispo.monitor.console import make_console
+        from mispo.monitor.report.attribution import attribution_table, write_attribution
 
         run = build_run(config, options.run, resume=True, tracked=False)
         step, attribution, standing = attribute_next(run)

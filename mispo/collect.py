@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from mispo.run import Run
+from rollouts.sampler import grade
 from rollouts.trajectory import Trajectory
-from rollouts.worker import grade
 
 Phases = Callable[[str], AbstractContextManager[None]]
 

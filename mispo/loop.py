@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, group_advantages, monte_carlo, terminal_values, whiten
-from mispo.algorithm.attribution import Attribution
 from mispo.algorithm.filter import Proposal, Selection
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
-from mispo.attribute import attribute_step, measure
-from mispo.monitor.routing import expert_load
-from mispo.monitor.standing import Standing
+from mispo.algorithm.variance_shares import Attribution
+from mispo.metrics.attribution import attribute_step, measure
+from mispo.metrics.diagnosis import Standing
+from mispo.metrics.routing import expert_load
+from mispo.metrics.step import StepRecord, step_metrics
 from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
-from mispo.share_out import share_out
-from mispo.step_metrics import StepRecord, step_metrics
+from mispo.trainer.balance import share_out
 from mispo.trainer.batch import Batch, pack
 from mispo.trainer.engine import Update
 from mispo.trainer.scoring import PolicyScores, Values, score_logprobs, score_policy, score_values
 from mispo.trainer.update import ValueLoss, update_actor, update_critic, value_updates
-from model.balance import update_bias
+from model.moe.balance import update_bias
 from rollouts.trajectory import Trajectory
 
 

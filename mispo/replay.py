@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mispo.collect import Phases
 from mispo.config.schema import MispoConfig
-from mispo.monitor.records import load_positions, load_rollouts
 from mispo.run import Run
+from rollouts.records import load_positions, load_rollouts
 from rollouts.trajectory import Trajectory
 
 

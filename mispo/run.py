@@ -18,33 +18,33 @@ from transformers import PreTrainedTokenizerBase
 
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import segment_mean
+from mispo.build.algorithm import Method
 from mispo.config.schema import MispoConfig
-from mispo.data import Data
-from mispo.evaluate import Evaluator, sample_rows
-from mispo.interrupt import Interrupt
-from mispo.method import Method
+from mispo.data.prompts import Data
+from mispo.evaluation import Evaluator, sample_rows
+from mispo.metrics.diagnosis import Standing
+from mispo.metrics.routing import low_thresholds
+from mispo.metrics.step import StepRecord
 from mispo.monitor.advice import paragraph
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, eval_line
-from mispo.monitor.files import replacing
-from mispo.monitor.flops import peak_flops
-from mispo.monitor.records import save_rollouts, save_samples
-from mispo.monitor.routing import low_thresholds
-from mispo.monitor.standing import Standing
 from mispo.monitor.tracking import Tracker
 from mispo.monitor.watchdog import Watchdog
-from mispo.step_metrics import StepRecord
+from mispo.system.files import replacing
+from mispo.system.interrupt import Interrupt
 from mispo.trainer.batch import Batch, Layout
-from mispo.trainer.checkpoint import Progress, save_checkpoint
+from mispo.trainer.checkpoint.states import Progress, save_checkpoint
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.policy import Reference
+from mispo.trainer.publish import NoSync, WeightSync
 from mispo.trainer.ranks import Ranks, max_memory_gb
-from mispo.trainer.weights import NoSync, WeightSync
-from model.routing import Routing
+from model.facts import peak_flops
+from model.moe.routers import Routing
 from rewards.shaping import overlong_penalty
 from rewards.workers import RewardPool
+from rollouts.records import save_rollouts, save_samples
+from rollouts.sampler import RolloutWorker, request_seed
 from rollouts.trajectory import Trajectory
-from rollouts.worker import RolloutWorker, request_seed
 
 RANDOM_CHOICES = ("actor", "critic", "filter")
 """What a step decides by chance, apart from sampling."""

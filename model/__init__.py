@@ -6,6 +6,6 @@ Importing this package teaches transformers' auto classes to open Step checkpoin
 from transformers import AutoModelForCausalLM
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
-from model.step import StepForCausalLM
+from model.step.step import StepForCausalLM
 
 AutoModelForCausalLM.register(Step3p7TextConfig, StepForCausalLM, exist_ok=True)

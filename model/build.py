@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
 from model.checks import OddTensors, check_loaded, check_step_tensors
-from model.dispatch import use_grouped_experts
+from model.moe.dispatch import use_grouped_experts
+from model.moe.routers import keep_router_fp32
 from model.presets import preset_config
-from model.routing import keep_router_fp32
-from model.step import StepForCausalLM
+from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
-from model.hub import JOINED, released_names
-from model.step import StepForCausalLM
+from model.step.hub import JOINED, released_names
+from model.step.step import StepForCausalLM
 
 Shapes = dict[str, tuple[int, ...]]
 

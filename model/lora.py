@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model.routing import keep_router_fp32
+from model.moe.routers import keep_router_fp32
 
 DRAFT_HEADS = r"mtp\..*"
 """Names that get no adapter: no log-prob depends on these heads."""

@@ -14,12 +14,19 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and some machines wait long for it
 
 
-LONG = (
-    *("test_interrupt", "test_loop", "test_updates", "test_methods", "test_learning"),
-    *("test_launchers", "test_cli", "test_attribution", "test_bootstrap"),
-)
-"""Files that start many runs: behind all others, the longest first, so that two workers end at about the same time."""
+LONGEST = ("test_interrupt", "test_loop", "test_updates", "test_methods", "test_learning", "test_launchers", "test_cli")
+"""Of the end-to-end files those that take longest: first among them, so that two workers end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else -1)
+    for item in items:
+        if item.path.parent.name == "end_to_end":
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """Unit tests, then the end-to-end files."""
+    if item.path.parent.name != "end_to_end":
+        return -1
+    return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)

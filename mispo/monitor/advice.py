@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from mispo.monitor.standing import Standing
+from mispo.metrics.diagnosis import Standing
 
 ON_POLICY, REPLAY, FREE, UNDECIDED = "on-policy only", "replay", "free", "undecided"
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from mispo.config.check import CHOICES
 from mispo.config.schema import TrackingConfig
-from mispo.monitor.files import json_line, replacing
 from mispo.monitor.rows import whole_lines
+from mispo.system.files import json_line, replacing
 
 if TYPE_CHECKING:
     import wandb

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mispo.algorithm.segments import lengths_of, offsets_of
-from model.replay import laid_out
+from model.moe.replay import laid_out
 from rollouts.trajectory import Trajectory
 
 FORWARDS_OF_ONE = 32

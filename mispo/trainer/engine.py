@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mispo.config.schema import TrainerConfig
-from mispo.monitor.flops import FlopCounter, ForwardFlops
 from mispo.trainer.batch import ModelInput
 from mispo.trainer.optimizer import OptimizerStates, build_optimizer
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
+from model.facts import FlopCounter, ForwardFlops
 from model.lora import has_lora
-from model.routing import find_routers
+from model.moe.routers import find_routers
 
 DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",

@@ -13,9 +13,9 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic, ValueHead
-from model.mtp import before_norm
-from model.replay import RouterReplay
-from model.routing import find_routers
+from model.moe.replay import RouterReplay
+from model.moe.routers import find_routers
+from model.step.mtp import before_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

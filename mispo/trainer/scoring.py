@@ -12,7 +12,7 @@ from mispo.trainer.batch import Batch, Layout, ModelInput
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
-from model.routing import Routing, RoutingRecorder
+from model.moe.routers import Routing, RoutingRecorder
 
 
 @dataclass(frozen=True)

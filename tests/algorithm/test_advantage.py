@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, ragged
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, terminal_values, whiten
+from support.ragged import Ragged, ragged
 
 
 def oracle(

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, ragged
 from torch import Tensor
 
 from mispo.algorithm.advantage import group_advantages, monte_carlo
@@ -25,6 +24,7 @@ from mispo.algorithm.loss import (
     unbiased_kl,
 )
 from mispo.algorithm.objective import Objective, Samples
+from support.ragged import Ragged, ragged
 
 Coefficient = Callable[[float, float, float], tuple[float, float]]
 """(r, s, Â) → (a token's loss, its derivative by log π_θ)."""

@@ -9,18 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, proposal
 from torch import Tensor
 
 from mispo.algorithm.advantage import gae, group_advantages
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.segments import owner_of
+from mispo.build.algorithm import build_method
 from mispo.config.load import load_config
 from mispo.config.schema import MispoConfig
 from mispo.loop import weigh
-from mispo.method import build_method
 from mispo.run import Run
 from mispo.trainer.batch import Batch
+from support.ragged import Ragged, proposal
 
 VOCABULARY, SAMPLES, LONGEST = 5, 4, 40
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, proposal, ragged
 from torch import Tensor
 
 from mispo.algorithm.filter import Proposal, bounds_filter, keep_all, random_reject, token_only
 from mispo.algorithm.segments import offsets_of
 from mispo.config.schema import FilterConfig
+from support.ragged import Ragged, proposal, ragged
 
 TOKEN, TRAJECTORY = (0.5, 2.0), (0.996, 1.001)
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, proposal, ragged
 from torch import Tensor
 
 from mispo.algorithm.filter import bounds_filter
 from mispo.algorithm.loss import critic_loss, mispo_loss
+from support.ragged import Ragged, proposal, ragged
 
 
 def mispo(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:

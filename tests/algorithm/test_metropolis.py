@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import Ragged, proposal, ragged
 
 from mispo.algorithm.controller import NARROWEST, WIDEST, QuantileFilter, half_width
 from mispo.algorithm.filter import metropolis
 from mispo.algorithm.segments import offsets_of
+from support.ragged import Ragged, proposal, ragged
 
 LETTERS, LENGTH = 3, 2
 """A state is a word of two letters: nine states, each a trajectory of two tokens."""

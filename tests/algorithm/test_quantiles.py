@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from threads import in_ranks
 
 from mispo.algorithm.quantiles import quantiles
+from support.threads import in_ranks
 
 FLOATS = st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 0.5]))
 

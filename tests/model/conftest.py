@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-from step_files import saved, variant
+
+from support.step_files import saved, variant
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from step_files import WEIGHTS, changed
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from model.build import build_policy
 from model.tokenizer import character_tokenizer
+from support.step_files import WEIGHTS, changed
 
 
 def test_mtp_tensors_are_those_that_the_config_announces(micro: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from model.build import build_policy
 from model.lora import MergedWeights, add_lora, has_lora, load_trained, trained
-from model.routing import find_routers
+from model.moe.routers import find_routers
 
 IDS = torch.arange(7, 27)[None]
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP, Step3p7RotaryEmbedding, Step3p7SparseMoeBlock
 
 from model.presets import PRESETS, VOCABULARY, preset_config
-from model.step import StepForCausalLM
+from model.step.step import StepForCausalLM
 
 
 def build(name: str, vocab_size: int = 104) -> StepForCausalLM:

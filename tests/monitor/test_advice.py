@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from threads import in_ranks
 from torch import Tensor
 
+from mispo.metrics.diagnosis import Standing, as_json, from_json, standing_of
 from mispo.monitor.advice import FREE, ON_POLICY, REPLAY, UNDECIDED, paragraph, regime
-from mispo.monitor.standing import Standing, as_json, from_json, standing_of
+from support.threads import in_ranks
 
 WINDOW = (math.log(0.996), math.log(1.001))
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mispo.config.schema import TrackingConfig
-from mispo.monitor.files import json_line, replacing
 from mispo.monitor.rows import before_after, eval_keys, merge_steps, read_rows, references, series
 from mispo.monitor.tracking import Tracker
+from mispo.system.files import json_line, replacing
 
 DISABLED = TrackingConfig(wandb="disabled")
 

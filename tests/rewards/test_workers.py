@@ -15,7 +15,7 @@ from rewards.workers import MAX_DEATHS, RewardPool, RewardSpec
 
 @pytest.fixture(autouse=True)
 def _verifiers_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
 
 
 def item(completion: str, answer: str = "3", **row: Any) -> dict[str, Any]:

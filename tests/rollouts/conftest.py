@@ -1,8 +1,9 @@
 """Models that many tests of this room share."""
 
 import pytest
-from tiny_models import tiny_model
 from transformers import PreTrainedModel
+
+from support.tiny_models import tiny_model
 
 
 @pytest.fixture(params=["step", "qwen", "qwen-sliding", "llama"])

@@ -8,17 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mispo.trainer.batch import FORWARDS_OF_ONE, Batch, Layout, least_padding, ungraded
+from mispo.trainer.batch import FORWARDS_OF_ONE, Layout, least_padding
+from support.batches import batch_of
 
 CPU = torch.device("cpu")
-
-
-def batch_of(lengths: list[int], prompt: int = 2) -> Batch:
-    """Trajectories whose tokens are 100·b, 100·b + 1, …"""
-    return ungraded(
-        [100 * b + torch.arange(length) for b, length in enumerate(lengths)],
-        [torch.arange(prompt - 1, length - 1) for length in lengths],
-    )
 
 
 def test_padded_parts_are_sorted_by_length_and_count_their_padding() -> None:

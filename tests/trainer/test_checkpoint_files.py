@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mispo.trainer.checkpoint_files import finish_checkpoint, list_checkpoints, newest_checkpoint, superfluous, torn
+from mispo.trainer.checkpoint.files import finish_checkpoint, list_checkpoints, newest_checkpoint, superfluous, torn
 
 
 def write(directory: Path, step: int, score: float | None = None) -> Path:

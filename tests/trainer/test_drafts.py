@@ -5,8 +5,6 @@ from typing import cast
 
 import pytest
 import torch
-from test_batch import batch_of
-from test_invariance import Plain
 from torch import Tensor
 
 from mispo.algorithm.loss import mispo_loss
@@ -16,8 +14,9 @@ from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import ActorModule
 from mispo.trainer.update import update_actor
 from model.build import build_policy, let_drafts_learn
-from model.mtp import draft_loss
-from model.step import StepForCausalLM
+from model.step.mtp import draft_loss
+from model.step.step import StepForCausalLM
+from support.batches import Plain, batch_of
 
 LENGTHS = [9, 23, 4, 5, 14, 2]
 """The last one has nothing to draft."""

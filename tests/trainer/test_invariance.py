@@ -1,55 +1,29 @@
 """Loss and gradients of actor and critic depend neither on micro-batches, nor on order, nor on padding or packing."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from mispo.algorithm.loss import PolicyLoss, gspo_loss, mispo_loss, ppo_loss
 from mispo.algorithm.objective import Objective, Samples
 from mispo.algorithm.segments import lengths_of, offsets_of
 from mispo.trainer.batch import Batch, Layout
-from mispo.trainer.engine import TrainEngine, Update
+from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import ActorModule, CriticModule
-from mispo.trainer.ranks import Ranks
 from mispo.trainer.update import ValueLoss, update_actor, update_critic
 from model.build import build_policy
 from model.critic import Critic, ValueHead
+from support.batches import Plain
 
 COUNT, LONGEST = 6, 24
 
 LAYOUTS = st.builds(Layout, st.integers(LONGEST, COUNT * LONGEST), st.booleans())
-
-
-class Plain:
-    """An engine without an optimizer: gradients stay where they are, to be looked at."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
-        self.ranks = Ranks(0, 1, torch.device("cpu"))
-        self.forwards = 0
-
-    def forward(self, *arguments: Any) -> Any:
-        self.forwards += 1
-        return self.module(*arguments)
-
-    def update(self, losses: Sequence[Callable[[], Tensor]], *, partial: bool = False) -> Update:
-        self.module.zero_grad()
-        total = 0.0
-        for compute in losses:
-            loss = compute()
-            loss.backward()
-            total += loss.item()
-        return Update(total, 0.0, 0.0, False)
-
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
 
 
 def batch_of(seed: int, *, replay: bool = False) -> tuple[Batch, Samples]:

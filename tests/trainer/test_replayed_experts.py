@@ -5,8 +5,6 @@ from typing import cast
 
 import pytest
 import torch
-from test_batch import batch_of
-from test_scoring import Plain
 from torch import Tensor
 
 from mispo.trainer.batch import Batch, Layout, pack
@@ -15,15 +13,18 @@ from mispo.trainer.policy import ActorModule, CriticModule, Reference
 from mispo.trainer.scoring import score_logprobs, score_policy, score_values
 from model.build import build_policy
 from model.critic import Critic
-from model.replay import RouterReplay
+from model.moe.replay import RouterReplay
 from rollouts.trajectory import Prompt, Trajectory
+from support.batches import Plain, batch_of
 
 LAYOUTS = [Layout(10**6), Layout(16), Layout(40, packed=True)]
 
 
 @pytest.fixture
 def actor() -> TrainEngine:
-    return cast(TrainEngine, Plain(ActorModule(build_policy("micro", None, seed=0)[0], torch.float32, replays=True)))
+    return cast(
+        TrainEngine, Plain("actor", ActorModule(build_policy("micro", None, seed=0)[0], torch.float32, replays=True))
+    )
 
 
 def some_batch(*, replay: bool) -> Batch:
@@ -85,7 +86,7 @@ def test_the_experts_of_the_old_policy_stay_when_the_actor_moves(actor: TrainEng
 def test_critic_and_reference_route_for_themselves() -> None:
     policy, _ = build_policy("micro", None, seed=0)
     plain, replay = some_batch(replay=False), some_batch(replay=True)
-    critic = cast(TrainEngine, Plain(CriticModule(Critic.from_policy(policy, 0.1, 0), torch.float32)))
+    critic = cast(TrainEngine, Plain("critic", CriticModule(Critic.from_policy(policy, 0.1, 0), torch.float32)))
     values = [score_values(critic, batch, Layout(10**6)) for batch in (plain, replay)]
     assert torch.equal(values[0].values_N, values[1].values_N)
     reference = Reference(ActorModule(policy, torch.float32), critic.ranks)

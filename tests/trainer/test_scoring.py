@@ -1,40 +1,25 @@
 """Critic bugs that other trainers had: each is looked for here, with a critic of its own and on a shared trunk."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
-from test_batch import batch_of
 from torch import Tensor, nn
 
 from mispo.trainer.batch import Layout, minibatches
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import ActorModule, CriticModule
-from mispo.trainer.ranks import Ranks
 from mispo.trainer.scoring import Values, score_policy, score_values
 from model.build import build_policy
 from model.critic import Critic, ValueHead
+from support.batches import Plain, batch_of
 
 LAYOUT = Layout(60)
 
 
-class Plain:
-    """An engine that only runs its module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.ranks = Ranks(0, 1, torch.device("cpu"))
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.module(*arguments)
-
-    def eval(self) -> None:
-        self.module.eval()
-
-
 def values_of(kind: str, module: nn.Module, temperature: float) -> Values:
-    engine = cast(TrainEngine, Plain(module))
+    engine = cast(TrainEngine, Plain("actor", module))
     batch = replace(batch_of([9, 14, 5]), ids=[torch.arange(7, 7 + n) for n in (9, 14, 5)])
     if kind == "separate":
         return score_values(engine, batch, LAYOUT)

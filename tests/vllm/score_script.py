@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from rollouts.vllm_router import route_sigmoid_on_cpu
+from rollouts.vllm.cpu_router import route_sigmoid_on_cpu
 
 
 def main(request: Path, answer: Path) -> None:

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from vllm_process import Pairs, vllm_logprobs
 
+from model.moe.routers import find_routers, keep_router_fp32
 from model.presets import preset_config
-from model.routing import find_routers, keep_router_fp32
-from model.step import StepForCausalLM
+from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 from rollouts.engine import Request
-from rollouts.native import NativeEngine
+from rollouts.native.engine import NativeEngine
 
 SETTINGS = {"tiny": {}, "limits": {"swiglu_limits_shared": [0.0, 0.5, 0.0, 2.0]}}
 """vLLM has no limit on routed experts on a CPU."""

@@ -4,7 +4,7 @@ from vllm_process import run_in_vllm
 
 ROUTE = """
 import torch
-from rollouts.vllm_router import route_sigmoid_on_cpu
+from rollouts.vllm.cpu_router import route_sigmoid_on_cpu
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 def route(**settings):

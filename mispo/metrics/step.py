@@ -1,0 +1,193 @@
+"""The row of one training step, over all ranks; names as users of other trainers know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mispo.algorithm.filter import Selection
+from mispo.algorithm.segments import segment_mean, segment_sum
+from mispo.metrics.mismatch import (
+    MismatchSums,
+    acceptance_metrics,
+    mismatch_metrics,
+    mismatch_sums,
+    ratio_histogram,
+)
+from mispo.metrics.routing import rollout_confidence, routing_metrics
+from mispo.trainer.batch import Batch
+from mispo.trainer.engine import Update
+from mispo.trainer.ranks import Ranks
+from mispo.trainer.scoring import PolicyScores, Values
+from model.moe.routers import Routing
+from rollouts.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step before its updates, on this rank. values, targets_N: None without a critic. lags_B: actor updates that
+    each trajectory's weights were behind the trainer's. low_L: `low_thresholds`, None for a dense model."""
+
+    batch: Batch
+    trajectories: Sequence[Trajectory]
+    policy: PolicyScores
+    values: Values | None
+    targets_N: Tensor | None
+    selection: Selection
+    lags_B: Tensor
+    low_L: Tensor | None
+
+
+def step_metrics(
+    ranks: Ranks,
+    record: StepRecord,
+    actor_updates: Sequence[Update | None],
+    critic_updates: Sequence[Update],
+    *,
+    num_experts: int,
+    reward_range: tuple[float, float],
+) -> dict[str, float]:
+    """Everything except times. Collective: every rank calls it with its share, all get the same row.
+
+    num_experts: of a MoE layer, 0 for a dense model. reward_range: lowest and highest reward; trunc/bootstrap_gap, how
+    much more truncated trajectories return than finished ones, is a share of it.
+    """
+    batch, policy, selection = record.batch, record.policy, record.selection
+
+    def everyone(x_B: Tensor) -> Tensor:
+        return ranks.gather(x_B, batch.position_B, batch.total)
+
+    sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
+    sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
+    sizes_H = ranks.sum(ratio_histogram(policy.logprobs_N, batch.rollout_logprobs_N))
+    everything = replace(
+        selection,
+        multiplicity_B=everyone(selection.multiplicity_B),
+        log_rho_B=everyone(selection.log_rho_B),
+        window_B2=None if selection.window_B2 is None else everyone(selection.window_B2),
+    )
+    lengths_B = everyone(torch.tensor([float(len(t)) for t in record.trajectories]))
+    rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
+    failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in record.trajectories]))
+    entropy_B = everyone(segment_sum(policy.entropy_N, batch.offsets_B1))
+    lags_B = everyone(record.lags_B)
+    tokens = sums.lengths_B.sum().clamp_min(1)
+    metrics = {
+        "reward/mean": rewards_B.mean().item(),
+        "reward/failed": failed_B.mean().item(),
+        "reward/overlong_penalty": everyone(batch.penalties_B).mean().item(),
+        "response_length/mean": lengths_B.mean().item(),
+        "response_length/max": lengths_B.max().item(),
+        "response_length/clip_ratio": truncated_B.float().mean().item(),
+        "trunc/rate": truncated_B.float().mean().item(),
+        "rollout/staleness": float(lags_B.max()),
+        "actor/entropy": (entropy_B.sum() / tokens).item(),
+        **mismatch_metrics(sums, sizes_H),
+        **acceptance_metrics(everything, lengths_B, rewards_B, lags_B),
+        **_routing(ranks, record, num_experts),
+    }
+    if not truncated_B.all():
+        metrics["reward/finished_mean"] = rewards_B[~truncated_B].mean().item()
+    if record.values is not None and record.targets_N is not None:
+        metrics |= _critic(ranks, record.values, record.targets_N)
+        values_B = everyone(segment_mean(record.values.values_N, batch.offsets_B1))
+        better_B = rewards_B > rewards_B.mean()
+        for name, chosen_B in (("pos", better_B), ("neg", ~better_B)):
+            if chosen_B.any():
+                metrics[f"critic/value_{name}"] = values_B[chosen_B].mean().item()
+        if truncated_B.any():
+            bootstrap = everyone(record.values.bootstrap_B)[truncated_B].mean().item()
+            metrics["trunc/bootstrap_mean"] = bootstrap
+            if "reward/finished_mean" in metrics:
+                low, high = reward_range
+                metrics["trunc/bootstrap_gap"] = (bootstrap - metrics["reward/finished_mean"]) / (high - low)
+        metrics |= _updates("critic", critic_updates)
+    metrics |= _updates("actor", actor_updates) | _moved(actor_updates)
+    metrics["mis/empty_minibatches"] = float(sum(update is None for update in actor_updates))
+    return metrics
+
+
+def _moved(updates: Sequence[Update | None]) -> dict[str, float]:
+    """Over the tokens of the step's updates: how far π_θ had left π_old (k3), the reference, and how many were clipped.
+
+    Whole trajectories that were rejected are not computed and do not count here.
+    """
+    stats = [update.stats for update in updates if update is not None]
+    tokens = sum(found["tokens"] for found in stats)
+    if not tokens:
+        return {}
+    names = {
+        "clipped": "actor/clip_frac",
+        "kl_old": "actor/kl_old",
+        "kl_ref": "actor/kl_ref",
+        "draft_nll": "actor/draft_loss",
+    }
+    return {metric: sum(found[name] for found in stats) / tokens for name, metric in names.items() if name in stats[0]}
+
+
+def _critic(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]:
+    """Explained variance before this step's updates, from sums over ranks."""
+    targets, errors = targets_N.double(), targets_N.double() - values.values_N.double()
+    n, t, tt, e, ee, v = ranks.sum(
+        torch.stack(
+            [
+                torch.tensor(float(len(targets)), dtype=torch.float64),
+                targets.sum(),
+                targets.square().sum(),
+                errors.sum(),
+                errors.square().sum(),
+                values.values_N.double().sum(),
+            ]
+        )
+    ).tolist()
+    spread = tt / n - (t / n) ** 2
+    explained = 1 - (ee / n - (e / n) ** 2) / spread if spread > 1e-12 else float("nan")
+    return {"critic/vf_explained_var": explained, "critic/value_mean": v / n}
+
+
+def _routing(ranks: Ranks, record: StepRecord, num_experts: int) -> dict[str, float]:
+    routing, trajectories = record.policy.routing, record.trajectories
+    if routing is None:
+        return {}
+    recorded = not ranks.any(any(t.routed_experts is None for t in trajectories))
+    seen = [t.routing_confidence for t in trajectories if t.routing_confidence is not None]
+    seen_BL = torch.stack(seen) if seen else torch.zeros(0, len(routing.confidence))
+    mine_B = torch.tensor([float(len(t)) for t in trajectories])
+    return {
+        **routing_metrics(
+            routing.confidence,
+            routing.margin,
+            routing.experts,
+            own_LNk=routing.own,
+            rollout_LNk=rollout_experts(trajectories, routing) if recorded else None,
+            num_experts=num_experts,
+            low_L=record.low_L,
+            reduce=ranks.sum,
+        ),
+        **rollout_confidence(seen_BL, mine_B, ranks.sum),
+    }
+
+
+def rollout_experts(trajectories: Sequence[Trajectory], routing: Routing) -> Tensor:
+    """What the rollout activated where the scored tokens were decided: [L, N, k], as the trainer's `routing`."""
+    if not trajectories:
+        return routing.own
+    decided = [t.routed_experts[len(t.prompt_ids) - 1 :][t.action_mask] for t in trajectories]
+    return torch.cat(decided).transpose(0, 1)
+
+
+def _updates(name: str, updates: Sequence[Update | None]) -> dict[str, float]:
+    """Means over the step's updates that were applied."""
+    applied = [update for update in updates if update is not None and update.applied]
+    metrics = {
+        f"{name}/updates": float(len(applied)),
+        f"{name}/skipped": float(sum(update is not None and not update.applied for update in updates)),
+    }
+    if applied:
+        metrics[f"{name}/loss"] = sum(update.loss for update in applied) / len(applied)
+        metrics[f"{name}/grad_norm"] = sum(update.grad_norm for update in applied) / len(applied)
+        metrics[f"{name}/lr"] = applied[-1].lr
+    return metrics

@@ -1,0 +1,1 @@
+"""What the operating system is asked for: files, signals, failures. Torch-free, imports nothing of ours."""

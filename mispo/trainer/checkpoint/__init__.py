@@ -1,0 +1,1 @@
+"""Checkpoints: what is written is read here too."""

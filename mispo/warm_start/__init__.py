@@ -1,0 +1,1 @@
+"""Supervised steps on generated traces before RL, for the built-in toy task."""

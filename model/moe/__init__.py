@@ -1,0 +1,1 @@
+"""Routers and experts of any Hugging Face MoE."""

@@ -1,0 +1,1 @@
+"""The Step model, and what travels with its checkpoints."""

@@ -1,0 +1,51 @@
+"""Weights of some updates ago."""
+
+import pytest
+import torch
+
+from mispo.trainer.history import WeightHistory
+
+
+def push(history: WeightHistory, *versions: int) -> None:
+    for version in versions:
+        history.push(version, {"w": torch.full((2,), float(version))})
+
+
+def stale_version(history: WeightHistory) -> int:
+    version, weights = history.stale()
+    assert torch.equal(weights["w"], torch.full((2,), float(version)))
+    return version
+
+
+@pytest.mark.parametrize(("staleness", "expected"), [(0, [0, 4, 8, 12]), (4, [0, 0, 4, 8]), (6, [0, 0, 0, 4])])
+def test_gives_the_weights_of_that_many_updates_ago(staleness: int, expected: list[int]) -> None:
+    history = WeightHistory(staleness)
+    seen = []
+    for version in (0, 4, 8, 12):
+        push(history, version)
+        seen.append(stale_version(history))
+    assert seen == expected
+
+
+def test_keeps_only_what_can_still_be_asked_for() -> None:
+    history = WeightHistory(2)
+    push(history, 0, 1, 2, 3, 4)
+    assert history.versions == [2, 3, 4]
+
+
+def test_snapshots_are_copies() -> None:
+    weights = {"w": torch.zeros(2)}
+    history = WeightHistory(1)
+    history.push(0, weights)
+    weights["w"] += 1
+    history.push(1, weights)
+    assert history.stale()[1]["w"].tolist() == [0.0, 0.0]
+
+
+def test_misuse_is_caught() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.staleness: -1"):
+        WeightHistory(-1)
+    history = WeightHistory(1)
+    push(history, 3)
+    with pytest.raises(AssertionError, match="rise"):
+        push(history, 3)
