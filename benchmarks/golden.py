@@ -4,7 +4,7 @@
     python benchmarks/golden.py compare OLD NEW       # exit status 1 if anything differs
 
 A refactor that moves no number leaves metrics, sampled tokens and the tensors of all checkpoints bit for bit as they
-were. Times, memory, state.json and config.yaml are left aside.
+were. Times, memory, state.json and config.yaml are left aside; a metric that only NEW has is no difference.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def _rows(old: Path, new: Path) -> Iterator[str]:
     before, after = ({row["step"]: row for row in _read(path / "metrics.jsonl")} for path in (old, new))
     for step in sorted(before.keys() | after.keys()):
         a, b = before.get(step, {}), after.get(step, {})
-        for key in sorted(a.keys() | b.keys()):
-            if not key.startswith(TIMES) and a.get(key, "none") != b.get(key, "none"):
-                yield f"step {step} {key}: {a.get(key, 'none')} → {b.get(key, 'none')}"
+        for key in sorted(a):
+            if not key.startswith(TIMES) and key in a and a[key] != b.get(key, "none"):
+                yield f"step {step} {key}: {a[key]} → {b.get(key, 'none')}"
 
 
 def _read(path: Path) -> list[dict[str, float]]:

@@ -1,0 +1,74 @@
+"""Every path of a run directory, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where a run keeps its files. Only names: nothing is created, opened or checked.
+
+    root: the run directory. checkpoints holds step_N/ directories and the link `latest` (trainer/checkpoint). reference
+    and base are Hugging Face directories: the policy at the start, for a KL term, and what adapters are put on.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def error(self) -> Path:
+        return self.root / "error.txt"
+
+    @property
+    def notes(self) -> Path:
+        return self.root / "notes.json"
+
+    @property
+    def samples_before(self) -> Path:
+        return self.root / "samples_before.jsonl"
+
+    @property
+    def samples_after(self) -> Path:
+        return self.root / "samples_after.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def curve(self) -> Path:
+        return self.root / "curve.png"
+
+    @property
+    def attribution(self) -> Path:
+        return self.root / "attribution"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def reference(self) -> Path:
+        return self.root / "reference"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    def rollouts(self, step: int, rank: int = 0, ranks: int = 1) -> Path:
+        """The trajectories of a step; of several ranks each has a file."""
+        suffix = "" if ranks == 1 else f".rank{rank}"
+        return self.root / "rollouts" / f"step_{step}{suffix}.parquet"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after a step."""
+        return self.checkpoints / f"step_{step}"
