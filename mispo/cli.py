@@ -188,7 +188,7 @@ def _run(config: MispoConfig, directory: Path, *, resume: bool, replay: Sequence
         from mispo.build.run import build_run
         from mispo.loop import train
 
-        run = build_run(config, directory, resume=resume, replay=replay)
+        run = build_run(config, directory, resume=resume, saved=replay)
         train(run)
         run.close(0)
         if run.ranks.first:

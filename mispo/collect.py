@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from mispo.run import Run
 from rollouts.sampler import grade
 from rollouts.trajectory import Trajectory
 
 Phases = Callable[[str], AbstractContextManager[None]]
 
 
-def collect(run: Run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[str, float]]:
+def collect(run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[str, float]]:
     """This rank's share of the step's prompts, each sampled samples_per_prompt times and graded; and metrics.
 
     Under algorithm.dynamic_sampling prompts whose samples all got the same reward are replaced by further ones, for at

@@ -22,6 +22,14 @@ EVAL_SEED = 2**31
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """metrics: over all ranks. samples: this rank's greedy traces, as rows for the report."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass
 class Evaluator:
     """Samples the held-out prompts with the current weights of `engine`; every rank takes its share.
 
@@ -37,8 +45,44 @@ class Evaluator:
     samples: int
     max_new_tokens: int
     temperature: float
+    traces: int
+    toy: str | None
+    permuted: bool
+    score: float | None = None
+    step: int = 0
 
-    def run(self) -> tuple[dict[str, float], list[Trajectory]]:
+    def run(self, step: int) -> Evaluation:
+        metrics, greedy = self._measure()
+        self.step, self.score = step, metrics.get(f"eval/{self.task}/greedy")
+        return Evaluation(metrics, sample_rows(greedy, self.traces))
+
+    def baseline(self) -> tuple[dict[str, float], list[dict[str, Any]], list[str]]:
+        metrics, traces = self._measure()
+        references = self.references(self.toy)
+        return {**metrics, **references}, sample_rows(traces, self.traces), self._notes(references)
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "score": self.score}
+
+    def restore(self, state: Any) -> None:
+        self.step, self.score = state["step"], state["score"]
+
+    def _notes(self, references: dict[str, float]) -> list[str]:
+        notes = []
+        if "reference/constant_guess" in references:
+            guess = references["reference/constant_guess"]
+            notes.append(f"Always giving the most frequent answer would be right in {guess:.0%} of the cases.")
+        if "reference/forced_careful" in references:
+            forced = references["reference/forced_careful"]
+            notes.append(
+                f"Before RL, forcing the first character of a careful trace already gives {forced:.0%}: what RL "
+                "teaches here is mostly to think before answering, not how to think."
+            )
+        if self.permuted:
+            notes.append("Control experiment: the rewards were shuffled within each step.")
+        return notes
+
+    def _measure(self) -> tuple[dict[str, float], list[Trajectory]]:
         """Metrics over all ranks (rewards; accuracy where the reward is 0 or 1), and this rank's greedy traces."""
         if not self.heldout:
             return {}, []

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mispo.collect import Phases
 from mispo.config.schema import MispoConfig
-from mispo.run import Run
 from rollouts.records import load_positions, load_rollouts
 from rollouts.trajectory import Trajectory
 
@@ -27,14 +26,14 @@ def replay_config(config: MispoConfig, files: Sequence[Path]) -> MispoConfig:
     return replace(config, rollout=rollout, trainer=replace(config.trainer, steps=len(files)))
 
 
-def replayed(files: Sequence[Path], vocabulary: int) -> Callable[[Run, int, Phases], tuple[list[Trajectory], dict]]:
+def replayed(files: Sequence[Path], vocabulary: int) -> Callable[..., tuple[list[Trajectory], dict]]:
     """What stands in for `collect`: this rank's share of a step's file, and no metrics.
 
     vocabulary: tokens that the model knows. ValueError for rollouts of a model with more.
     """
     newest = max(trajectory.weight_version for trajectory in load_step(files[0]))
 
-    def collect(run: Run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[str, float]]:
+    def collect(run, step: int, timer: Phases) -> tuple[list[Trajectory], dict[str, float]]:
         with timer("rollout"):
             trajectories = load_step(files[step - 1])
         highest = max(int(max(t.prompt_ids.max(), t.completion_ids.max())) for t in trajectories)

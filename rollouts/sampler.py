@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rollouts.engine import Engine, Request, Sample
@@ -104,3 +105,45 @@ def grade(trajectories: Sequence[Trajectory], pool: RewardPool) -> list[Trajecto
         replace(trajectory, reward=score.value, reward_info=score.info)
         for trajectory, score in zip(trajectories, scores, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """This rank's graded trajectories of a step, whole prompts in order; and metrics."""
+
+    trajectories: list[Trajectory]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights for the engine, and log-probs `expected` [T] of the completions of `probe` under them."""
+
+    version: int
+    tensors: Mapping[str, Tensor]
+    probe: list[tuple[Tensor, Tensor]]
+    expected: list[Tensor]
+
+
+class Sampler(Protocol):
+    def take(self, step: int) -> Taken: ...
+
+    def publish(self, weights: Weights | None) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+def publish(engine: Engine, weights: Weights, tolerance: float, temperature: float) -> dict[str, float]:
+    """Load weights into the engine and prove that it took them. RuntimeError if it did not."""
+    engine.load_weights(weights.tensors, weights.version)
+    scores = engine.score(weights.probe, temperature)
+    gaps = torch.cat([(a - b).abs() for a, b in zip(scores, weights.expected, strict=True)])
+    gap = gaps.mean().item()
+    # The mean: in bf16 a single token whose routing flips may be off by a nat.
+    if not gap <= tolerance:
+        raise RuntimeError(
+            f"weight sync: engine and trainer differ by {gap:.3g} nats per token on the same weights (version "
+            f"{weights.version}, rollout.parity_tolerance {tolerance:g}); the engine did not take the new weights, or "
+            "its precision is far off"
+        )
+    return {"sync/mean_abs": gap, "sync/max_abs": gaps.max().item()}

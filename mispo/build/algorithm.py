@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-
-from torch import Tensor
 
 from mispo.algorithm.controller import QuantileFilter
 from mispo.algorithm.filter import (
@@ -28,26 +25,15 @@ from mispo.algorithm.loss import (
     ppo_loss,
     truncated_importance,
 )
+from mispo.algorithm.method import Advantage, Correction, Method, with_critic, within_group
 from mispo.algorithm.objective import Objective
 from mispo.config.schema import AlgorithmConfig, FilterConfig, MispoConfig
 
 Pair = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Method:
-    """What the loop calls without knowing its name.
-
-    filter: which samples are kept. correct: log x [N] → weights [N]. objective: the actor's.
-    """
-
-    filter: Filter
-    correct: Callable[[Tensor], Tensor]
-    objective: Objective
-
-
-def build_method(config: MispoConfig) -> Method:
-    """The method that the config names."""
+def build_method(config: MispoConfig, reward_range: Pair) -> Method:
+    """Build the method that the config names. reward_range: lowest and highest reward."""
     algorithm = config.algorithm
     objective = Objective(
         loss=build_loss(algorithm),
@@ -56,11 +42,30 @@ def build_method(config: MispoConfig) -> Method:
         kl=algorithm.kl,
         entropy=algorithm.entropy,
     )
-    return Method(build_filter(algorithm.filter), build_correction(algorithm), objective)
+    return Method(
+        filter=build_filter(algorithm.filter),
+        correct=build_correction(algorithm),
+        objective=objective,
+        advantage=build_advantage(config),
+        truncation=algorithm.truncation,
+        reward_range=reward_range,
+        whitens=algorithm.whiten == "batch",
+        rechecks=algorithm.mask_policy == "current",
+        learns_truncated=config.critic.train_on_truncated,
+        gamma=algorithm.gamma,
+    )
+
+
+def build_advantage(config: MispoConfig) -> Advantage:
+    """Build the advantage that algorithm.advantage names."""
+    algorithm = config.algorithm
+    if algorithm.advantage != "gae":
+        return within_group(algorithm.advantage)
+    return with_critic(algorithm.gamma, algorithm.lam, config.critic.lam, algorithm.truncation == "bootstrap")
 
 
 def build_filter(config: FilterConfig) -> Filter:
-    """The filter that algorithm.filter names."""
+    """Build the filter that algorithm.filter names."""
     token, window, target = _pair(config.token_bounds), _pair(config.trajectory_bounds), _pair(config.target_acceptance)
     build: dict[str, Callable[[], Filter]] = {
         "bounds": lambda: FixedFilter(partial(bounds_filter, token_bounds=token, trajectory_bounds=window)),
@@ -74,7 +79,7 @@ def build_filter(config: FilterConfig) -> Filter:
 
 
 def build_loss(config: AlgorithmConfig) -> PolicyLoss:
-    """The policy loss that algorithm.loss names."""
+    """Build the policy loss that algorithm.loss names."""
     clip = _pair(config.clip)
     losses: dict[str, PolicyLoss] = {
         "mispo": mispo_loss,
@@ -85,9 +90,9 @@ def build_loss(config: AlgorithmConfig) -> PolicyLoss:
     return losses[config.loss]
 
 
-def build_correction(config: AlgorithmConfig) -> Callable[[Tensor], Tensor]:
-    """The token weights that algorithm.correction names."""
-    corrections: dict[str, Callable[[Tensor], Tensor]] = {
+def build_correction(config: AlgorithmConfig) -> Correction:
+    """Build the token weights that algorithm.correction names."""
+    corrections: dict[str, Correction] = {
         "none": no_correction,
         "tis": partial(truncated_importance, cap=config.correction_cap),
         "icepop": partial(icepop, bounds=_pair(config.correction_bounds)),

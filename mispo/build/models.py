@@ -1,45 +1,92 @@
-"""The models of a run: what the policy must be, critic, reference, adapters, and the copy that samples."""
+"""The models of a run: policy, critic, reference and the copy that samples.
+
+The order is in the types: an `Opened` policy becomes a `Policy` by the warm start, the copies in `Models` are made of a
+`Policy` while it is whole, and `Modules` are what is left to be trained after adapters and frozen parts.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mispo.config.schema import MispoConfig, RouterConfig
-from mispo.trainer.batch import Layout
-from mispo.trainer.policy import ActorModule, Reference, compute_dtype
-from mispo.trainer.ranks import Ranks
-from model.moe.balance import selection_biases
-from model.build import build_policy
+from mispo.build.setup import Setup
+from mispo.config.schema import RouterConfig
+from mispo.data.prompts import PromptStream
+from mispo.trainer.policy import ActorModule, CriticModule, Reference, checkpoint_layers, compute_dtype, copy_of
+from mispo.warm_start.train import warm_start
+from model.build import build_policy, let_drafts_learn
 from model.critic import Critic, ValueHead
-from model.moe.dispatch import experts_in_use
+from model.facts import ForwardFlops, count_flops
 from model.lora import add_lora, load_trained
+from model.moe.balance import freeze_routers, selection_biases
+from model.moe.dispatch import experts_in_use
 from model.moe.routers import find_routers, keep_router_fp32
 from rollouts.native.engine import NativeEngine
 
 REPLAYED = {"rollout": "the rollout", "old": "π_old"}
 """Whose routing router.replay takes, in words."""
 
-BASE = "base"
-"""Of a run with adapters on a preset: the model that they are put on."""
+WARM_START_LINES = 10
+"""Lines that the warm start prints."""
 
 
-def open_policy(
-    config: MispoConfig, directory: Path, checkpoint: Path | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy as the run begins with it: new, or of a checkpoint; with adapters always what they are put on."""
+@dataclass(frozen=True)
+class Opened:
+    """The policy as it was opened: new or of a checkpoint; with adapters always what they are put on. On this rank's
+    device, and checked against the config."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy as RL begins with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy and what was copied from it while it was whole. engine: None for saved rollouts. critic, value_head:
+    one of them, or none."""
+
+    policy: Policy
+    engine: NativeEngine | None
+    critic: Critic | None
+    value_head: ValueHead | None
+    reference: Reference | None
+    flops: Mapping[str, ForwardFlops]
+    num_experts: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What DeepSpeed gets. about: one line about the model and how it is computed."""
+
+    actor: ActorModule
+    critic: CriticModule | None
+    about: str
+
+
+def open_policy(setup: Setup) -> Opened:
+    """Open the policy. ValueError for a model that cannot do what the config asks of it."""
+    config = setup.config
     preset, path = config.model.preset, config.model.path
-    if checkpoint and config.model.lora.rank:
-        preset, path = None, path if preset is None else str(directory / BASE)
-    elif checkpoint:
-        preset, path = None, str(checkpoint / "actor")
-    return build_policy(
+    if setup.checkpoint and config.model.lora.rank:
+        preset, path = None, path if preset is None else str(setup.directory.base)
+    elif setup.checkpoint:
+        preset, path = None, str(setup.checkpoint / "actor")
+    model, tokenizer = build_policy(
         preset,
         path,
         seed=config.seed,
@@ -47,34 +94,14 @@ def open_policy(
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
+    _check_context(model, setup)
+    _check_routers(model, setup)
+    return Opened(model, tokenizer)
 
 
-def keep_base(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, directory: Path
-) -> None:
-    """Save what the adapters are put on in run_dir/base, if it is nowhere else."""
-    if config.model.preset is not None:
-        policy.save_pretrained(directory / BASE)
-        tokenizer.save_pretrained(directory / BASE)
-
-
-def add_adapters(
-    policy: PreTrainedModel, critic: Critic | None, config: MispoConfig, dtype: torch.dtype, checkpoint: Path | None
-) -> None:
-    """From here on only low-rank adapters (model.lora) and the value head learn; with the values of a checkpoint."""
-    lora = config.model.lora
-    backbones = (policy, critic.backbone) if critic else (policy,)
-    for backbone in backbones:
-        add_lora(backbone, lora.rank, lora.alpha, lora.targets, dtype, config.seed)
-    if checkpoint:
-        load_trained(policy, load_file(checkpoint / "adapters.safetensors"))
-        if critic:
-            load_trained(critic, load_file(checkpoint / "critic.safetensors"))
-
-
-def check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
+def _check_context(policy: PreTrainedModel, setup: Setup) -> None:
     """ValueError where the longest trajectory has more tokens than the model has positions."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = setup.config.data.max_prompt_tokens + setup.config.rollout.max_new_tokens
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         raise ValueError(
@@ -83,135 +110,198 @@ def check_context(policy: PreTrainedModel, config: MispoConfig) -> None:
         )
 
 
-def check_routers(policy: PreTrainedModel, config: MispoConfig) -> None:
+def _check_routers(policy: PreTrainedModel, setup: Setup) -> None:
     """ValueError for settings of routers, or of draft heads, in a model without any."""
-    router, defaults = config.router, RouterConfig()
+    router, defaults = setup.config.router, RouterConfig()
     for name in ("replay", "freeze", "bias_update_rate"):
         if getattr(router, name) != getattr(defaults, name) and not find_routers(policy):
             raise ValueError(f"router.{name}: {type(policy).__name__} is dense, it has no routers; leave it out")
     if router.bias_update_rate:
         selection_biases(policy)
-    if config.trainer.mtp_weight and getattr(policy, "mtp", None) is None:
+    if setup.config.trainer.mtp_weight and getattr(policy, "mtp", None) is None:
         raise ValueError("trainer.mtp_weight: the model has no draft heads (model.mtp); set it to 0")
 
 
-def build_critic(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, checkpoint: Path | None
-) -> Critic | None:
-    """The value model of methods that have one."""
-    if config.algorithm.advantage != "gae":
-        return None
+def warm_policy(setup: Setup, opened: Opened, stream: PromptStream) -> Policy:
+    """Move the policy to this rank's device and run the warm start, if the run is new and has one.
+
+    The first rank trains, the others take its weights and its place in the prompt stream.
+    """
+    ranks, settings = setup.ranks, setup.config.warm_start
+    policy = Policy(opened.model.to(ranks.device), opened.tokenizer)
+    if setup.checkpoint is not None or not settings.steps:
+        return policy
+    every = max(1, settings.steps // WARM_START_LINES)
+
+    def on_step(step: int, loss: float) -> None:
+        if step % every == 0 or step == settings.steps:
+            setup.say(f"warm start {step:>4}/{settings.steps}  loss {loss:.3f}")
+
+    if ranks.first:
+        task, seed = setup.config.data.task, setup.config.seed
+        warm_start(policy.model, policy.tokenizer, stream, settings, task=task, seed=seed, on_step=on_step)
+    if ranks.size > 1:
+        for tensor in policy.model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+        stream.cursor = ranks.agree(stream.cursor)
+    return policy
+
+
+def build_models(setup: Setup, policy: Policy, *, samples: bool) -> Models:
+    """Build critic or value head, the reference, and an engine if the run samples."""
+    config = setup.config
+    valued = config.algorithm.advantage == "gae"
+    shared = valued and config.critic.kind == "shared"
+    critic = _critic(setup, policy) if valued and not shared else None
+    reference = _reference(setup, policy)
+    return Models(
+        policy=policy,
+        engine=_engine(setup, policy) if samples else None,
+        critic=critic,
+        value_head=_value_head(setup, policy) if shared else None,
+        reference=reference,
+        flops={"actor": count_flops(policy.model)} | ({"critic": count_flops(critic.backbone)} if critic else {}),
+        num_experts=num_experts(policy.model),
+        vocabulary=policy.model.config.get_text_config().vocab_size,
+    )
+
+
+def _critic(setup: Setup, policy: Policy) -> Critic:
+    """Build the value model: the policy's copy, or another backbone (critic.model)."""
+    config = setup.config
     if config.critic.model is None:
-        critic = Critic.from_policy(policy, config.critic.head_init_std, config.seed)
+        critic = Critic.from_policy(policy.model, config.critic.head_init_std, config.seed)
     else:
-        model = _other_model("critic.model", config.critic.model, tokenizer, config).to(policy.device)
+        model = _other_model("critic.model", config.critic.model, setup, policy).to(policy.model.device)
         critic = Critic(model.get_decoder(), config.critic.head_init_std, config.seed)
-    if checkpoint and not config.model.lora.rank:
-        critic.load_state_dict(load_file(checkpoint / "critic.safetensors"))
+    if setup.checkpoint and not config.model.lora.rank:
+        critic.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))
     return critic
 
 
-def build_value_head(policy: PreTrainedModel, config: MispoConfig, checkpoint: Path | None) -> ValueHead:
-    """V on the policy's own trunk (critic.kind: shared)."""
-    head = ValueHead(policy, config.critic.head_init_std, config.seed)
-    if checkpoint:
-        head.load_state_dict(load_file(checkpoint / "critic.safetensors"))
+def _value_head(setup: Setup, policy: Policy) -> ValueHead:
+    """Build V on the policy's trunk (critic kind shared)."""
+    head = ValueHead(policy.model, setup.config.critic.head_init_std, setup.config.seed)
+    if setup.checkpoint:
+        head.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))
     return head
 
 
-def _other_model(key: str, path: str, tokenizer: PreTrainedTokenizerBase, config: MispoConfig) -> PreTrainedModel:
-    """A second causal LM that reads the policy's tokens. ValueError that names the key for one that does not."""
-    settings = config.model
-    try:
-        model, other = build_policy(
-            None, path, attention=settings.attention, trust_remote_code=settings.trust_remote_code
-        )
-    except ValueError as error:
-        raise ValueError(str(error).replace("model.path", key, 1)) from error
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{key}: {path} has another tokenizer than the policy")
-    return model
+def _reference(setup: Setup, policy: Policy) -> Reference | None:
+    """Build the policy that algorithm.kl holds the actor near to, None without that term.
 
-
-def build_reference(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: MispoConfig,
-    directory: Path,
-    ranks: Ranks,
-    dtype: torch.dtype,
-    *,
-    resume: bool,
-) -> Reference | None:
-    """The policy that algorithm.kl holds the actor near to, None without that term.
-
-    Without algorithm.reference it is the policy at the start, kept in run_dir/reference for a resumed run.
+    Without algorithm.reference it is the policy at the start, kept in the run directory for a resumed run.
     """
-    if config.algorithm.kl == 0:
+    algorithm, kept = setup.config.algorithm, setup.directory.reference
+    if algorithm.kl == 0:
         return None
-    kept = directory / "reference"
-    path = config.algorithm.reference or (str(kept) if resume else None)
+    path = algorithm.reference or (str(kept) if setup.checkpoint else None)
     if path is None:
-        model = copy.deepcopy(policy)
-        if ranks.first:
+        model = copy.deepcopy(policy.model)
+        if setup.ranks.first:
             model.save_pretrained(kept)
-            tokenizer.save_pretrained(kept)
+            policy.tokenizer.save_pretrained(kept)
     elif path == str(kept) and not kept.is_dir():
         raise ValueError(
             f"algorithm.kl: {kept} does not exist, since this run began without a KL term; name algorithm.reference"
         )
     else:
-        model = _other_model("algorithm.reference", path, tokenizer, config)
-    return Reference(ActorModule(model.to(ranks.device), dtype), ranks)
+        model = _other_model("algorithm.reference", path, setup, policy)
+    dtype = compute_dtype(setup.config.trainer.dtype, setup.ranks.device)
+    return Reference(ActorModule(model.to(setup.ranks.device), dtype), setup.ranks)
 
 
-def build_rollout_engine(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MispoConfig, ranks: Ranks
-) -> NativeEngine:
-    """An engine with a copy of the policy of its own, in the rollout precision."""
-    attention = "eager" if policy.config._attn_implementation == "eager" else "sdpa"  # takes the slot cache's masks
-    model = another(policy, policy.state_dict(), ranks.device, attention)
-    model.to(dtype=compute_dtype(config.rollout.dtype, ranks.device))
-    keep_router_fp32(model)
-    ends = policy.generation_config.eos_token_id if policy.generation_config else None
-    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+def _other_model(key: str, path: str, setup: Setup, policy: Policy) -> PreTrainedModel:
+    """Open a second causal LM that reads the policy's tokens. ValueError that names the key for one that does not."""
+    settings = setup.config.model
+    try:
+        model, tokenizer = build_policy(
+            None, path, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", key, 1)) from error
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError(f"{key}: {path} has another tokenizer than the policy")
+    return model
+
+
+def _engine(setup: Setup, policy: Policy) -> NativeEngine:
+    """Build an engine with a separate copy of the policy, in the rollout precision."""
+    config, model = setup.config, policy.model
+    attention = "eager" if model.config._attn_implementation == "eager" else "sdpa"  # takes the slot cache's masks
+    copied = copy_of(model, model.state_dict(), setup.ranks.device, attention)
+    copied.to(dtype=compute_dtype(config.rollout.dtype, setup.ranks.device))
+    keep_router_fp32(copied)
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    end = policy.tokenizer.eos_token_id
+    ends = [end] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return NativeEngine(
-        model,
-        sorted({*ends, tokenizer.eos_token_id}),
-        tokenizer.pad_token_id,
+        copied,
+        sorted({*ends, end}),
+        policy.tokenizer.pad_token_id,
         config.rollout.slots,
         record_experts=config.router.record,
     )
 
 
-def another(
-    policy: PreTrainedModel, weights: Mapping[str, Tensor], device: torch.device, attention: str
-) -> PreTrainedModel:
-    """A model of the policy's shape with these weights, in float32. The random numbers of the run go on untouched."""
-    shape = copy.deepcopy(policy.config)
-    shape._attn_implementation = attention
-    with torch.random.fork_rng(), torch.device(device):
-        model = type(policy)(shape)
-    model.load_state_dict(dict(weights))
-    keep_router_fp32(model)
-    return model
+def build_modules(setup: Setup, models: Models, *, packed: bool) -> Modules:
+    """Put adapters on the models, freeze what does not learn, and wrap them for the trainer."""
+    config, policy, critic = setup.config, models.policy.model, models.critic
+    dtype = compute_dtype(config.trainer.dtype, setup.ranks.device)
+    if config.model.lora.rank:
+        _keep_base(setup, models.policy)
+        _add_adapters(setup, models, dtype)
+    let_drafts_learn(policy, config.trainer.mtp_weight > 0)
+    if config.router.freeze:
+        freeze_routers(policy)
+    about = _about(setup, policy, dtype, packed=packed)
+    if config.trainer.gradient_checkpointing:
+        for model in (policy, critic.backbone) if critic else (policy,):
+            checkpoint_layers(model, config.trainer.zero_stage)
+    actor = ActorModule(
+        policy,
+        dtype,
+        entropy_gradient=config.algorithm.entropy > 0,
+        value_head=models.value_head,
+        replays=config.router.record or config.router.replay != "off",
+        drafts=config.trainer.mtp_weight > 0,
+    )
+    return Modules(actor, CriticModule(critic, dtype) if critic else None, about)
+
+
+def _keep_base(setup: Setup, policy: Policy) -> None:
+    """Save what the adapters of a new run are put on, if it is nowhere else."""
+    if setup.config.model.preset is not None and setup.checkpoint is None and setup.ranks.first:
+        policy.model.save_pretrained(setup.directory.base)
+        policy.tokenizer.save_pretrained(setup.directory.base)
+
+
+def _add_adapters(setup: Setup, models: Models, dtype: torch.dtype) -> None:
+    """Let only low-rank adapters (model.lora) and the value head learn; with the values of a checkpoint."""
+    lora, policy, critic = setup.config.model.lora, models.policy.model, models.critic
+    for backbone in (policy, critic.backbone) if critic else (policy,):
+        add_lora(backbone, lora.rank, lora.alpha, lora.targets, dtype, setup.config.seed)
+    if setup.checkpoint:
+        load_trained(policy, load_file(setup.checkpoint / "adapters.safetensors"))
+        if critic:
+            load_trained(critic, load_file(setup.checkpoint / "critic.safetensors"))
 
 
 def num_experts(policy: nn.Module) -> int:
-    """Experts of a MoE layer, 0 for a dense model."""
+    """Count the experts of a MoE layer, 0 for a dense model."""
     routers = find_routers(policy)
     return routers[0].module.weight.shape[0] if routers else 0
 
 
-def summary(policy: PreTrainedModel, config: MispoConfig, ranks: Ranks, dtype: torch.dtype, layout: Layout) -> str:
-    """One line about the model and how it is computed."""
+def _about(setup: Setup, policy: PreTrainedModel, dtype: torch.dtype, *, packed: bool) -> str:
+    config, ranks = setup.config, setup.ranks
     count = sum(parameter.numel() for parameter in policy.parameters())
     experts = experts_in_use(policy)
     return (
         f"{type(policy).__name__} {count / 1e6:.2f} M parameters, {len(find_routers(policy))} MoE layers"
         f"{f' (experts: {experts})' if experts else ''}, {ranks.size} × {ranks.device.type}, "
         f"trainer {str(dtype).removeprefix('torch.')} ZeRO {config.trainer.zero_stage}"
-        f"{', packed' if layout.packed else ''}"
+        f"{', packed' if packed else ''}"
         f"{f', routing of {REPLAYED[config.router.replay]} replayed' if config.router.replay != 'off' else ''}"
         f"{', routers frozen' if config.router.freeze else ''}"
     )

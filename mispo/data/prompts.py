@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,14 @@ class PromptStream:
         self._config = config
         self._tokenizer = tokenizer
         self.cursor = 0
+
+    def state(self) -> dict[str, int]:
+        """Return what `restore` takes."""
+        return {"cursor": self.cursor}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continue at the place of a checkpoint."""
+        self.cursor = state["cursor"]
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position, row) from the cursor on; advances it."""

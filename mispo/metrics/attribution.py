@@ -9,96 +9,102 @@ and once more with the rollout's routing replayed everywhere: what then vanishes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mispo.algorithm.variance_shares import Attribution, attribute
-from mispo.build.models import another
 from mispo.metrics.diagnosis import Standing, standing_of
+from mispo.metrics.record import StepRecord
 from mispo.metrics.routing import mean_agreement
-from mispo.metrics.step import StepRecord, rollout_experts
-from mispo.monitor.report.attribution import write_attribution
-from mispo.run import Run
+from mispo.metrics.step import rollout_experts
 from mispo.trainer.batch import Batch
-from mispo.trainer.policy import ActorModule, Reference
-from mispo.trainer.publish import WeightSync
+from mispo.trainer.learner import Learner
+from mispo.trainer.policy import ActorModule, Reference, copy_of
 from mispo.trainer.scoring import score_logprobs
-from rollouts.trajectory import Trajectory
+from rollouts.engine import Engine
 
 
-def attribute_step(run: Run, step: int, record: StepRecord) -> dict[str, float]:
-    """Attribute this step's mismatch and say where the model stands; writes RUN/attribution/step_N.*, returns metrics.
+@dataclass(frozen=True)
+class Attributor:
+    """Measures where the mismatch of a step comes from, before the step's updates; collective.
 
-    Before the step's updates, while the engine still has the weights that sampled. Collective. The first one of a run
-    says its conclusion on the screen.
+    engine: with the weights that sampled. trajectories: at most so many are looked at, over all ranks. recorded:
+    whether the rollout's experts are known. replaying: whether the run replays them (router.replay=rollout). bounds: of
+    the trajectory ratio, where the filter has a fixed window.
     """
-    attribution, standing = measure(run, record)
-    if run.ranks.first:
-        write_attribution(run.directory, step, attribution, standing)
-    run.say_standing(standing)
-    return metrics_of(attribution)
+
+    engine: Engine
+    learner: Learner
+    trajectories: int
+    recorded: bool
+    replaying: bool
+    bounds: tuple[float, float]
+
+    def measure(self, record: StepRecord) -> tuple[Attribution, Standing]:
+        """Return the attribution, and where the model stands."""
+        whole, ranks, num_experts = record.batch, self.learner.ranks, self.learner.num_experts
+        limit = min(self.trajectories, whole.total)
+        members = [b for b, position in enumerate(whole.position_B.tolist()) if position < limit]
+        batch = whole.part(members)
+
+        def everyone(x_B: Tensor) -> Tensor:
+            return ranks.gather(x_B, batch.position_B, limit)
+
+        recorded = self.recorded and num_experts > 0
+        free = self.telescope(batch, replay=False)
+        replayed = self.telescope(batch, replay=True) if recorded else None
+        routing = record.scores.policy.routing
+        seen = routing and routing.at(whole.tokens_of(members))
+        windows_B2 = record.targets.selection.window_B2
+        bounds = torch.tensor(self.bounds, dtype=torch.float64)
+        standing = standing_of(
+            log_x_N=torch.stack(list(free.values())).sum(0),
+            log_x_replayed_N=torch.stack(list(replayed.values())).sum(0) if replayed else None,
+            weights_part_N=(replayed if replayed and self.replaying else free)["weights"],
+            confidence_N=seen.confidence.mean(0) if seen else None,
+            agreement_N=mean_agreement(seen.own, rollout_experts(batch.trajectories, seen))
+            if seen and recorded
+            else None,
+            chance=seen.experts.shape[-1] / num_experts if seen else math.nan,
+            offsets_B1=batch.offsets_B1,
+            log_window_B2=(bounds if windows_B2 is None else windows_B2[members]).log(),
+            replaying=self.replaying,
+            everyone=everyone,
+            reduce=ranks.sum,
+        )
+        return attribute(free, replayed, batch.offsets_B1, everyone), standing
+
+    def telescope(self, batch: Batch, *, replay: bool) -> dict[str, Tensor]:
+        """Return the parts of log x [N], in nats. replay: with the rollout's routing in every forward."""
+        layout, temperature = self.learner.settings.layout, self.learner.settings.temperature
+        experts = [t.routed_experts for t in batch.trajectories] if replay else None
+        batch = replace(batch, experts=experts)
+        trainer_N = score_logprobs(self.learner.actor, batch, layout, temperature)
+        stale_N = trainer_N
+        if self.engine.weight_version != self.learner.actor.updates:
+            stale_N = score_logprobs(self._sampled(), batch, layout, temperature)
+        pairs = [(t.prompt_ids, t.completion_ids) for t in batch.trajectories]
+        scores = self.engine.score(pairs, temperature, experts)
+        scored = [score[t.action_mask] for score, t in zip(scores, batch.trajectories, strict=True)]
+        engine_N = torch.cat(scored) if scored else torch.zeros(0)
+        steps_N = [x_N.double() for x_N in (trainer_N, stale_N, engine_N, batch.rollout_logprobs_N)]
+        names = ("weights", "precision", "rest")
+        return {name: after - before for name, after, before in zip(names, steps_N, steps_N[1:], strict=False)}
+
+    def _sampled(self) -> Reference:
+        """Return a copy of the policy with the weights that sampled, in the trainer's precision."""
+        assert self.learner.publisher is not None, "without an engine there is nothing to compare with"
+        _, weights = self.learner.publisher.sampled()
+        module, ranks = self.learner.actor.module, self.learner.ranks
+        policy = module.policy
+        copy = copy_of(policy, weights, ranks.device, policy.config._attn_implementation)
+        return Reference(ActorModule(copy, module.dtype, replays=True), ranks)
 
 
-def measure(run: Run, record: StepRecord) -> tuple[Attribution, Standing]:
-    """The attribution of up to router.attribute_trajectories trajectories of all ranks, and the model's standing."""
-    limit = min(run.config.router.attribute_trajectories, record.batch.total)
-    members = [b for b, position in enumerate(record.batch.position_B.tolist()) if position < limit]
-    batch, trajectories = record.batch.part(members), [record.trajectories[b] for b in members]
-
-    def everyone(x_B: Tensor) -> Tensor:
-        return run.ranks.gather(x_B, batch.position_B, limit)
-
-    free = telescope(run, batch, trajectories, replay=False)
-    recorded = run.config.router.record and run.num_experts > 0
-    replayed = telescope(run, batch, trajectories, replay=True) if recorded else None
-    replaying = run.config.router.replay == "rollout"
-    seen = record.policy.routing and record.policy.routing.at(record.batch.tokens_of(members))
-    windows_B2 = record.selection.window_B2
-    bounds = torch.tensor(run.config.algorithm.filter.trajectory_bounds, dtype=torch.float64)
-    standing = standing_of(
-        log_x_N=torch.stack(list(free.values())).sum(0),
-        log_x_replayed_N=torch.stack(list(replayed.values())).sum(0) if replayed else None,
-        weights_part_N=(replayed if replayed and replaying else free)["weights"],
-        confidence_N=seen.confidence.mean(0) if seen else None,
-        agreement_N=mean_agreement(seen.own, rollout_experts(trajectories, seen)) if seen and recorded else None,
-        chance=seen.experts.shape[-1] / run.num_experts if seen else math.nan,
-        offsets_B1=batch.offsets_B1,
-        log_window_B2=(bounds if windows_B2 is None else windows_B2[members]).log(),
-        replaying=replaying,
-        everyone=everyone,
-        reduce=run.ranks.sum,
-    )
-    return attribute(free, replayed, batch.offsets_B1, everyone), standing
-
-
-def telescope(run: Run, batch: Batch, trajectories: Sequence[Trajectory], *, replay: bool) -> dict[str, Tensor]:
-    """Parts of log x [N], in nats; replay: with the rollout's routing in every forward."""
-    assert isinstance(run.sync, WeightSync), "without an engine there is nothing to compare with"
-    temperature = run.config.rollout.temperature
-    experts = [t.routed_experts for t in trajectories] if replay else None
-    batch = replace(batch, experts=experts)
-    members = range(len(batch))
-    trainer_N = score_logprobs(run.actor, batch, members, run.layout, temperature)
-    stale_N = trainer_N
-    if run.sync.engine.weight_version != run.actor.updates:
-        _, weights = run.sync.rollout_weights()
-        policy = run.actor.module.policy
-        copy = another(policy, weights, run.ranks.device, policy.config._attn_implementation)
-        shadow = Reference(ActorModule(copy, run.actor.module.dtype, replays=True), run.ranks)
-        stale_N = score_logprobs(shadow, batch, members, run.layout, temperature)
-    pairs = [(t.prompt_ids, t.completion_ids) for t in trajectories]
-    scores = run.sync.engine.score(pairs, temperature, experts)
-    scored = [score[t.action_mask] for score, t in zip(scores, trajectories, strict=True)]
-    engine_N = torch.cat(scored) if scored else torch.zeros(0)
-    steps_N = [x_N.double() for x_N in (trainer_N, stale_N, engine_N, batch.rollout_logprobs_N)]
-    names = ("weights", "precision", "rest")
-    return {name: after - before for name, after, before in zip(names, steps_N, steps_N[1:], strict=False)}
-
-
-def metrics_of(attribution: Attribution) -> dict[str, float]:
+def attribution_metrics(attribution: Attribution) -> Mapping[str, float]:
     """attribution/<part>: share of Var(log x); attribution/<part>_mediated: through routing; and over all parts."""
     metrics = {"attribution/mediated": attribution.mediated, "attribution/rms": math.sqrt(attribution.variance)}
     for name, part in attribution.parts.items():

@@ -41,11 +41,8 @@ class MismatchSums:
     rollout_B: Tensor
 
 
-def mismatch_sums(
-    old_logprobs_N: Tensor, rollout_logprobs_N: Tensor, keep_N: Tensor, offsets_B1: Tensor
-) -> MismatchSums:
-    """Ingredients of `mismatch_metrics`, from one rank's tokens."""
-    log_x_N = old_logprobs_N.double() - rollout_logprobs_N.double()
+def mismatch_sums(log_x_N: Tensor, rollout_logprobs_N: Tensor, keep_N: Tensor, offsets_B1: Tensor) -> MismatchSums:
+    """Sum up what `mismatch_metrics` needs, from one rank's tokens. log_x_N: log π_old/π_rollout, float64."""
     lengths_B = lengths_of(offsets_B1)
     max_abs_B = torch.zeros(len(lengths_B), dtype=torch.float64, device=log_x_N.device)
     max_abs_B.scatter_reduce_(0, owner_of(offsets_B1), log_x_N.abs(), "amax")
@@ -61,10 +58,10 @@ def mismatch_sums(
     )
 
 
-def ratio_histogram(old_logprobs_N: Tensor, rollout_logprobs_N: Tensor) -> Tensor:
-    """How many of one rank's tokens have |log x| in each bin, [H] int64; histograms of ranks add up."""
+def ratio_histogram(log_x_N: Tensor) -> Tensor:
+    """Count one rank's tokens by |log x|, float64, [H] int64; histograms of ranks add up."""
     bins = (COARSEST - FINEST) * STEPS_PER_DECADE
-    sizes_N = (old_logprobs_N.double() - rollout_logprobs_N.double()).abs()
+    sizes_N = log_x_N.abs()
     numbers_N = ((sizes_N.log10() - FINEST) * STEPS_PER_DECADE).nan_to_num(bins - 1, bins - 1, 0).clamp(0, bins - 1)
     return torch.bincount(numbers_N.long(), minlength=bins)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mispo.algorithm.filter import Selection
-from mispo.algorithm.segments import segment_mean, segment_sum
+from mispo.algorithm.method import Targets
+from mispo.algorithm.segments import lengths_of, segment_mean, segment_sum
 from mispo.metrics.mismatch import (
     MismatchSums,
     acceptance_metrics,
@@ -17,64 +17,49 @@ from mispo.metrics.mismatch import (
     mismatch_sums,
     ratio_histogram,
 )
+from mispo.metrics.record import StepRecord
 from mispo.metrics.routing import rollout_confidence, routing_metrics
 from mispo.trainer.batch import Batch
 from mispo.trainer.engine import Update
+from mispo.trainer.learner import Updates
 from mispo.trainer.ranks import Ranks
-from mispo.trainer.scoring import PolicyScores, Values
+from mispo.trainer.scoring import Values
 from model.moe.routers import Routing
 from rollouts.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """A step before its updates, on this rank. values, targets_N: None without a critic. lags_B: actor updates that
-    each trajectory's weights were behind the trainer's. low_L: `low_thresholds`, None for a dense model."""
+class About:
+    """What metrics need to know of the run. num_experts: of a MoE layer, 0 for a dense model. reward_range: lowest and
+    highest reward; trunc/bootstrap_gap, how much more truncated trajectories return than finished ones, is a share of
+    it."""
 
-    batch: Batch
-    trajectories: Sequence[Trajectory]
-    policy: PolicyScores
-    values: Values | None
-    targets_N: Tensor | None
-    selection: Selection
-    lags_B: Tensor
-    low_L: Tensor | None
+    num_experts: int
+    reward_range: tuple[float, float]
 
 
-def step_metrics(
-    ranks: Ranks,
-    record: StepRecord,
-    actor_updates: Sequence[Update | None],
-    critic_updates: Sequence[Update],
-    *,
-    num_experts: int,
-    reward_range: tuple[float, float],
-) -> dict[str, float]:
-    """Everything except times. Collective: every rank calls it with its share, all get the same row.
+def step_metrics(record: StepRecord, updates: Updates, about: About) -> dict[str, float]:
+    """Compute everything except times. Collective: every rank calls it with its share, all get the same row."""
+    batch, scores, targets = record.batch, record.scores, record.targets
+    everyone = batch.everyone
+    tokens = float(everyone(lengths_of(batch.offsets_B1)).sum().clamp_min(1))
+    metrics = _outcomes(batch)
+    metrics["actor/entropy"] = (everyone(segment_sum(scores.policy.entropy_N, batch.offsets_B1)).sum() / tokens).item()
+    metrics |= _filter(batch, targets) | _routing(record, about)
+    if scores.values is not None and targets.values is not None:
+        metrics |= _critic(batch, scores.values, targets.values.targets, metrics, about.reward_range)
+        metrics |= _updates("critic", updates.critic)
+    metrics |= _updates("actor", updates.actor) | _moved(updates.actor)
+    metrics["mis/empty_minibatches"] = float(sum(update is None for update in updates.actor))
+    return metrics
 
-    num_experts: of a MoE layer, 0 for a dense model. reward_range: lowest and highest reward; trunc/bootstrap_gap, how
-    much more truncated trajectories return than finished ones, is a share of it.
-    """
-    batch, policy, selection = record.batch, record.policy, record.selection
 
-    def everyone(x_B: Tensor) -> Tensor:
-        return ranks.gather(x_B, batch.position_B, batch.total)
-
-    sums = mismatch_sums(policy.logprobs_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
-    sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
-    sizes_H = ranks.sum(ratio_histogram(policy.logprobs_N, batch.rollout_logprobs_N))
-    everything = replace(
-        selection,
-        multiplicity_B=everyone(selection.multiplicity_B),
-        log_rho_B=everyone(selection.log_rho_B),
-        window_B2=None if selection.window_B2 is None else everyone(selection.window_B2),
-    )
-    lengths_B = everyone(torch.tensor([float(len(t)) for t in record.trajectories]))
+def _outcomes(batch: Batch) -> dict[str, float]:
+    """reward/*, response_length/*, trunc/rate, rollout/lag: how the trajectories of the step ended."""
+    everyone = batch.everyone
+    lengths_B = everyone(torch.tensor([float(len(t)) for t in batch.trajectories]))
     rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
-    failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in record.trajectories]))
-    entropy_B = everyone(segment_sum(policy.entropy_N, batch.offsets_B1))
-    lags_B = everyone(record.lags_B)
-    tokens = sums.lengths_B.sum().clamp_min(1)
+    failed_B = everyone(torch.tensor([float(t.reward_info["outcome"] != "ok") for t in batch.trajectories]))
     metrics = {
         "reward/mean": rewards_B.mean().item(),
         "reward/failed": failed_B.mean().item(),
@@ -83,30 +68,50 @@ def step_metrics(
         "response_length/max": lengths_B.max().item(),
         "response_length/clip_ratio": truncated_B.float().mean().item(),
         "trunc/rate": truncated_B.float().mean().item(),
-        "rollout/staleness": float(lags_B.max()),
-        "actor/entropy": (entropy_B.sum() / tokens).item(),
-        **mismatch_metrics(sums, sizes_H),
-        **acceptance_metrics(everything, lengths_B, rewards_B, lags_B),
-        **_routing(ranks, record, num_experts),
+        "rollout/staleness": float(everyone(batch.lags_B).max()),
     }
     if not truncated_B.all():
         metrics["reward/finished_mean"] = rewards_B[~truncated_B].mean().item()
-    if record.values is not None and record.targets_N is not None:
-        metrics |= _critic(ranks, record.values, record.targets_N)
-        values_B = everyone(segment_mean(record.values.values_N, batch.offsets_B1))
-        better_B = rewards_B > rewards_B.mean()
-        for name, chosen_B in (("pos", better_B), ("neg", ~better_B)):
-            if chosen_B.any():
-                metrics[f"critic/value_{name}"] = values_B[chosen_B].mean().item()
-        if truncated_B.any():
-            bootstrap = everyone(record.values.bootstrap_B)[truncated_B].mean().item()
-            metrics["trunc/bootstrap_mean"] = bootstrap
-            if "reward/finished_mean" in metrics:
-                low, high = reward_range
-                metrics["trunc/bootstrap_gap"] = (bootstrap - metrics["reward/finished_mean"]) / (high - low)
-        metrics |= _updates("critic", critic_updates)
-    metrics |= _updates("actor", actor_updates) | _moved(actor_updates)
-    metrics["mis/empty_minibatches"] = float(sum(update is None for update in actor_updates))
+    return metrics
+
+
+def _filter(batch: Batch, targets: Targets) -> dict[str, float]:
+    """mismatch/* and mis/*: how far rollout and trainer are apart, and what the filter kept."""
+    everyone, selection = batch.everyone, targets.selection
+    log_x_N = targets.log_x_N
+    sums = mismatch_sums(log_x_N, batch.rollout_logprobs_N, selection.keep_N, batch.offsets_B1)
+    sums = MismatchSums(**{name: everyone(x_B) for name, x_B in vars(sums).items()})
+    everything = replace(
+        selection,
+        multiplicity_B=everyone(selection.multiplicity_B),
+        log_rho_B=everyone(selection.log_rho_B),
+        window_B2=None if selection.window_B2 is None else everyone(selection.window_B2),
+    )
+    lengths_B = everyone(torch.tensor([float(len(t)) for t in batch.trajectories]))
+    return {
+        **mismatch_metrics(sums, batch.ranks.sum(ratio_histogram(log_x_N))),
+        **acceptance_metrics(everything, lengths_B, everyone(batch.rewards_B), everyone(batch.lags_B)),
+    }
+
+
+def _critic(
+    batch: Batch, values: Values, targets_N: Tensor, outcomes: dict[str, float], reward_range: tuple[float, float]
+) -> dict[str, float]:
+    """critic/vf_explained_var, critic/value_*, trunc/bootstrap_*, before this step's updates. outcomes: `_outcomes`."""
+    everyone = batch.everyone
+    metrics = _explained(batch.ranks, values, targets_N)
+    rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
+    values_B = everyone(segment_mean(values.values_N, batch.offsets_B1))
+    better_B = rewards_B > rewards_B.mean()
+    for name, chosen_B in (("pos", better_B), ("neg", ~better_B)):
+        if chosen_B.any():
+            metrics[f"critic/value_{name}"] = values_B[chosen_B].mean().item()
+    if truncated_B.any():
+        bootstrap = everyone(values.bootstrap_B)[truncated_B].mean().item()
+        metrics["trunc/bootstrap_mean"] = bootstrap
+        if "reward/finished_mean" in outcomes:
+            low, high = reward_range
+            metrics["trunc/bootstrap_gap"] = (bootstrap - outcomes["reward/finished_mean"]) / (high - low)
     return metrics
 
 
@@ -128,7 +133,7 @@ def _moved(updates: Sequence[Update | None]) -> dict[str, float]:
     return {metric: sum(found[name] for found in stats) / tokens for name, metric in names.items() if name in stats[0]}
 
 
-def _critic(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]:
+def _explained(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]:
     """Explained variance before this step's updates, from sums over ranks."""
     targets, errors = targets_N.double(), targets_N.double() - values.values_N.double()
     n, t, tt, e, ee, v = ranks.sum(
@@ -148,8 +153,8 @@ def _critic(ranks: Ranks, values: Values, targets_N: Tensor) -> dict[str, float]
     return {"critic/vf_explained_var": explained, "critic/value_mean": v / n}
 
 
-def _routing(ranks: Ranks, record: StepRecord, num_experts: int) -> dict[str, float]:
-    routing, trajectories = record.policy.routing, record.trajectories
+def _routing(record: StepRecord, about: About) -> dict[str, float]:
+    routing, trajectories, ranks = record.scores.policy.routing, record.batch.trajectories, record.batch.ranks
     if routing is None:
         return {}
     recorded = not ranks.any(any(t.routed_experts is None for t in trajectories))
@@ -163,7 +168,7 @@ def _routing(ranks: Ranks, record: StepRecord, num_experts: int) -> dict[str, fl
             routing.experts,
             own_LNk=routing.own,
             rollout_LNk=rollout_experts(trajectories, routing) if recorded else None,
-            num_experts=num_experts,
+            num_experts=about.num_experts,
             low_L=record.low_L,
             reduce=ranks.sum,
         ),
@@ -172,7 +177,7 @@ def _routing(ranks: Ranks, record: StepRecord, num_experts: int) -> dict[str, fl
 
 
 def rollout_experts(trajectories: Sequence[Trajectory], routing: Routing) -> Tensor:
-    """What the rollout activated where the scored tokens were decided: [L, N, k], as the trainer's `routing`."""
+    """Return what the rollout activated where the scored tokens were decided: [L, N, k], as the trainer's `routing`."""
     if not trajectories:
         return routing.own
     decided = [t.routed_experts[len(t.prompt_ids) - 1 :][t.action_mask] for t in trajectories]

@@ -30,6 +30,11 @@ class Alarms:
     config: MispoConfig
     seen: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def stops(self) -> bool:
+        """Whether an alarm ends the run (alarms.action=stop)."""
+        return self.config.alarms.action == "stop"
+
     def check(self, metrics: Row) -> list[Alarm]:
         """Alarms that are due after this step."""
         if self.config.alarms.action == "off":

@@ -25,6 +25,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an OSError name the path, whichever library raises it; their sentences without an error number stay."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"cannot write {path}: {error}; fix that, then resume") from error
+
+
 def json_line(row: Mapping[str, Any]) -> str:
     """One line of strict JSON with its newline; NaN and infinities become null, at any depth."""
     return json.dumps(_plain(row), allow_nan=False) + "\n"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from mispo.algorithm.segments import lengths_of, offsets_of
+from mispo.trainer.ranks import Ranks
 from model.moe.replay import laid_out
 from rollouts.trajectory import Trajectory
 
@@ -17,114 +18,136 @@ FORWARDS_OF_ONE = 32
 """An empty micro-batch costs about this part of a full one: what is worth some padding to avoid."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """This rank's trajectories of a step.
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Token sequences for a forward, and the places in them that are read.
 
-    N = tokens that are scored: generated ones whose action mask is true. B = trajectories, S_b = P_b + T_b.
-    ids: per trajectory [S_b]. columns: per trajectory, the positions whose outputs belong to its scored tokens:
-    the log-prob of generated token t and the value V(s_t) are read at P + t − 1.
-    offsets_B1: joins tokens and trajectories. rewards_B: the verifier's; penalties_B ≤ 0: added for the length.
-    position_B: number within the step over all ranks; total: how many
-    there are over all ranks.
-    included_B: false for trajectories that are left out everywhere (aborted, or truncated under `mask`).
-    experts: per trajectory [S_b−1, L, k], those that the actor's routers are to activate (router.replay); None = they
-    choose for themselves.
+    B sequences, N places in all. ids: of each sequence [S_b]. columns: of each sequence, the positions whose outputs
+    belong to its scored tokens: the log-prob of generated token t and the value V(s_t) are read at P + t − 1.
+    offsets_B1: joins places and sequences. experts: of each sequence [S_b−1, L, k], those that the actor's routers
+    activate (router.replay); None = the routers choose.
     """
 
     ids: list[Tensor]
     columns: list[Tensor]
     offsets_B1: Tensor
-    rollout_logprobs_N: Tensor
-    rewards_B: Tensor
-    penalties_B: Tensor
-    truncated_B: Tensor
-    included_B: Tensor
-    position_B: Tensor
-    total: int
     experts: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def tokens_of(self, members: Sequence[int]) -> Tensor:
-        """Places in [N] of the tokens of these trajectories, in order."""
+        """Return the places in [N] of the tokens of these sequences, in order."""
         spans = [torch.arange(int(self.offsets_B1[b]), int(self.offsets_B1[b + 1])) for b in members]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
-    def part(self, members: Sequence[int]) -> Batch:
-        """These trajectories as a batch of their own; position and total stay those of the step."""
-        chosen = torch.tensor(list(members), dtype=torch.int64)
-        return Batch(
-            ids=[self.ids[b] for b in members],
-            columns=[self.columns[b] for b in members],
-            offsets_B1=self.offsets_of(members),
-            rollout_logprobs_N=self.rollout_logprobs_N[self.tokens_of(members)],
-            total=self.total,
-            experts=self.experts and [self.experts[b] for b in members],
-            **{
-                name: getattr(self, name)[chosen]
-                for name in ("rewards_B", "penalties_B", "truncated_B", "included_B", "position_B")
-            },
-        )
-
     def offsets_of(self, members: Sequence[int]) -> Tensor:
-        """Offsets [b+1] of the tokens of these trajectories, laid out as `tokens_of` does."""
+        """Return the offsets [b+1] of the tokens of these sequences, laid out as `tokens_of` does."""
         return offsets_of(lengths_of(self.offsets_B1)[torch.tensor(list(members), dtype=torch.int64)])
 
 
-def pack(
-    trajectories: Sequence[Trajectory],
-    *,
-    truncation: str,
-    positions_B: Tensor,
-    total: int,
-    penalty: Callable[[int], float] = lambda length: 0.0,
-    replay: bool = False,
-) -> Batch:
-    """Lay this rank's trajectories out flat; positions_B are their numbers among the `total` of the step.
+@dataclass(frozen=True, kw_only=True)
+class Batch(Sequences):
+    """This rank's trajectories of a step, flat; the one place where a trajectory and its numbers stand together.
 
-    penalty: of a completion's number of tokens. replay: activate the rollout's experts again; ValueError for
-    trajectories whose experts were not recorded.
+    N = tokens that are scored: generated ones whose action mask is true. B = trajectories.
+    step: which one; pre-training steps are negative. rewards_B: the verifier's. penalties_B ≤ 0: added for the length.
+    included_B: false for trajectories that are left out everywhere (aborted, or truncated under `mask`). lags_B: actor
+    updates that the weights of each trajectory are behind the trainer's. position_B: number within the step over all
+    ranks; total: how many there are over all ranks. samples_per_prompt: of a prompt the positions follow each other.
     """
-    if replay and any(t.routed_experts is None for t in trajectories):
+
+    step: int
+    ranks: Ranks
+    trajectories: list[Trajectory]
+    rollout_logprobs_N: Tensor
+    rewards_B: Tensor
+    penalties_B: Tensor
+    truncated_B: Tensor
+    included_B: Tensor
+    lags_B: Tensor
+    position_B: Tensor
+    total: int
+    samples_per_prompt: int
+
+    @property
+    def group_B(self) -> Tensor:
+        """Number of each trajectory's prompt within the step, [B]."""
+        return self.position_B // self.samples_per_prompt
+
+    def everyone(self, x_B: Tensor) -> Tensor:
+        """Put the rows of all ranks together by position: [B, …] of this rank → [total, …]. Collective."""
+        return self.ranks.gather(x_B, self.position_B, self.total)
+
+    def part(self, members: Sequence[int]) -> Batch:
+        """Return a batch of these trajectories alone; position and total stay those of the step."""
+        chosen = torch.tensor(list(members), dtype=torch.int64)
+        by_trajectory = ("rewards_B", "penalties_B", "truncated_B", "included_B", "lags_B", "position_B")
+        return replace(
+            self,
+            ids=[self.ids[b] for b in members],
+            columns=[self.columns[b] for b in members],
+            offsets_B1=self.offsets_of(members),
+            experts=self.experts and [self.experts[b] for b in members],
+            trajectories=[self.trajectories[b] for b in members],
+            rollout_logprobs_N=self.rollout_logprobs_N[self.tokens_of(members)],
+            **{name: getattr(self, name)[chosen] for name in by_trajectory},
+        )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How trajectories become a batch.
+
+    truncation: algorithm.truncation. samples_per_prompt, prompts_per_step: of all ranks. penalty: added to the return
+    of a completion of so many tokens, ≤ 0. replay: the actor activates the rollout's experts (router.replay=rollout).
+    """
+
+    truncation: str
+    prompts_per_step: int
+    samples_per_prompt: int
+    penalty: Callable[[int], float]
+    replay: bool = False
+
+
+def pack(
+    trajectories: list[Trajectory], positions_B: Tensor, packing: Packing, *, step: int, version: int, ranks: Ranks
+) -> Batch:
+    """Lay this rank's trajectories out flat.
+
+    positions_B: their numbers within the step. version: actor updates so far. ValueError where router.replay needs
+    experts that were not recorded.
+    """
+    if packing.replay and any(t.routed_experts is None for t in trajectories):
         raise ValueError("router.replay: rollout, but these trajectories come without the experts of the rollout")
-    columns, logprobs = [], []
-    for trajectory in trajectories:
-        scored = trajectory.action_mask.nonzero()[:, 0]
-        columns.append(scored + len(trajectory.prompt_ids) - 1)
-        logprobs.append(trajectory.rollout_logprobs[scored])
-    left_out = [t.finish_reason == "abort" or (truncation == "mask" and t.truncated) for t in trajectories]
+    scored = [t.action_mask.nonzero()[:, 0] for t in trajectories]
+    logprobs = [t.rollout_logprobs[at] for t, at in zip(trajectories, scored, strict=True)]
+    masked = packing.truncation == "mask"
+    left_out = [t.finish_reason == "abort" or (masked and t.truncated) for t in trajectories]
     return Batch(
         ids=[torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories],
-        columns=columns,
-        offsets_B1=offsets_of(torch.tensor([len(c) for c in columns], dtype=torch.int64)),
+        columns=[at + len(t.prompt_ids) - 1 for t, at in zip(trajectories, scored, strict=True)],
+        offsets_B1=offsets_of(torch.tensor([len(at) for at in scored], dtype=torch.int64)),
+        experts=[t.routed_experts for t in trajectories] if packing.replay else None,
+        step=step,
+        ranks=ranks,
+        trajectories=trajectories,
         rollout_logprobs_N=torch.cat(logprobs) if logprobs else torch.empty(0),
         rewards_B=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
-        penalties_B=torch.tensor([penalty(len(t)) for t in trajectories], dtype=torch.float32),
+        penalties_B=torch.tensor([packing.penalty(len(t)) for t in trajectories], dtype=torch.float32),
         truncated_B=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
         included_B=~torch.tensor(left_out, dtype=torch.bool),
+        lags_B=torch.tensor([version - t.weight_version for t in trajectories], dtype=torch.int64),
         position_B=positions_B,
-        total=total,
-        experts=[t.routed_experts for t in trajectories] if replay else None,
+        total=packing.prompts_per_step * packing.samples_per_prompt,
+        samples_per_prompt=packing.samples_per_prompt,
     )
 
 
-def ungraded(ids: list[Tensor], columns: list[Tensor]) -> Batch:
-    """Trajectories to be computed, not judged: no rewards, all of them included."""
-    count, lengths = len(ids), torch.tensor([len(c) for c in columns], dtype=torch.int64)
-    return Batch(
-        ids=ids,
-        columns=columns,
-        offsets_B1=offsets_of(lengths),
-        rollout_logprobs_N=torch.zeros(int(lengths.sum())),
-        rewards_B=torch.zeros(count),
-        penalties_B=torch.zeros(count),
-        truncated_B=torch.zeros(count, dtype=torch.bool),
-        included_B=torch.ones(count, dtype=torch.bool),
-        position_B=torch.arange(count),
-        total=count,
-    )
+def sequences(ids: list[Tensor], columns: list[Tensor]) -> Sequences:
+    """Return token sequences that are only computed, read at these columns."""
+    lengths = torch.tensor([len(c) for c in columns], dtype=torch.int64)
+    return Sequences(ids=ids, columns=columns, offsets_B1=offsets_of(lengths))
 
 
 def minibatches(batch: Batch, parts: int, seed: int) -> list[list[int]]:
@@ -152,14 +175,16 @@ class Layout:
     tokens: int
     packed: bool = False
 
-    def microbatches(self, batch: Batch, members: Sequence[int]) -> list[list[int]]:
+    def microbatches(self, batch: Sequences, members: Sequence[int]) -> list[list[int]]:
         """Cut trajectories into parts, longest first, so that the first part needs the most memory."""
         order = sorted(members, key=lambda b: -len(batch.ids[b]))
         lengths = [len(batch.ids[b]) for b in order]
         parts = first_fit(lengths, self.tokens) if self.packed else least_padding(lengths, self.tokens)
         return [[order[i] for i in part] for part in parts]
 
-    def input(self, batch: Batch, members: Sequence[int], device: torch.device, *, last: bool = False) -> ModelInput:
+    def input(
+        self, batch: Sequences, members: Sequence[int], device: torch.device, *, last: bool = False
+    ) -> ModelInput:
         """A micro-batch for the model; padding exists only here.
 
         last: read at each trajectory's last token (the state s_T) and not at its scored tokens. An empty micro-batch

@@ -11,13 +11,11 @@ from torch import Tensor
 class WeightHistory:
     """Snapshots of the policy by version (actor optimizer updates), kept as long as they can be asked for.
 
-    staleness: updates that the rollout weights lag behind, ≥ 0. Snapshots lie in CPU memory.
+    lag: updates that the rollout weights are behind, ≥ 0. Snapshots lie in CPU memory.
     """
 
-    def __init__(self, staleness: int) -> None:
-        if staleness < 0:
-            raise ValueError(f"rollout.staleness: {staleness} is negative; give actor updates ≥ 0")
-        self.staleness = staleness
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
         self._snapshots: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -40,12 +38,12 @@ class WeightHistory:
         self._snapshots = {held: kept for held, kept in self._snapshots.items() if held >= chosen}
 
     def stale(self) -> tuple[int, dict[str, Tensor]]:
-        """(version, weights): the newest snapshot at least `staleness` updates older than the last pushed,
+        """(version, weights): the newest snapshot at least `lag` updates older than the last pushed,
         the oldest held while none is old enough."""
         assert self._snapshots, "push the initial weights first"
         chosen = self._chosen()
         return chosen, self._snapshots[chosen]
 
     def _chosen(self) -> int:
-        target = self.versions[-1] - self.staleness
+        target = self.versions[-1] - self.lag
         return max((held for held in self.versions if held <= target), default=self.versions[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +16,7 @@ from mispo.trainer.logprob import LogprobHead
 from mispo.trainer.ranks import Ranks
 from model.critic import Critic, ValueHead
 from model.moe.replay import RouterReplay
-from model.moe.routers import find_routers
+from model.moe.routers import find_routers, keep_router_fp32
 from model.step.mtp import before_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +122,19 @@ class Reference:
     def eval(self) -> None:
         """Dropout off."""
         self.module.eval()
+
+
+def copy_of(
+    policy: PreTrainedModel, weights: Mapping[str, Tensor], device: torch.device, attention: str
+) -> PreTrainedModel:
+    """Return a model of the policy's shape with these weights, in float32; the run's random numbers are not touched."""
+    shape = copy.deepcopy(policy.config)
+    shape._attn_implementation = attention
+    with torch.random.fork_rng(), torch.device(device):
+        model = type(policy)(shape)
+    model.load_state_dict(dict(weights))
+    keep_router_fp32(model)
+    return model
 
 
 class CriticModule(nn.Module):

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from mispo.trainer.batch import Batch, Layout, ungraded
+from mispo.trainer.batch import Layout, Sequences, sequences
 from mispo.trainer.engine import TrainEngine
 
 
@@ -32,13 +32,13 @@ def rehearse(engine: TrainEngine, longest: int, layout: Layout, vocabulary: int)
     return time.perf_counter() - start
 
 
-def worst_batch(count: int, longest: int, vocabulary: int) -> Batch:
+def worst_batch(count: int, longest: int, vocabulary: int) -> Sequences:
     """Random trajectories that are one token of prompt and else completion."""
     ids = torch.randint(vocabulary, (count, longest), generator=torch.Generator().manual_seed(0))
-    return ungraded(list(ids), [torch.arange(longest - 1)] * count)
+    return sequences(list(ids), [torch.arange(longest - 1)] * count)
 
 
-def _loss(engine: TrainEngine, batch: Batch, layout: Layout) -> Tensor:
+def _loss(engine: TrainEngine, batch: Sequences, layout: Layout) -> Tensor:
     engine.engine.train()
     x = layout.input(batch, range(len(batch)), engine.ranks.device)
     if engine.name == "actor":

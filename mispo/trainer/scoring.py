@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mispo.trainer.batch import Batch, Layout, ModelInput
+from mispo.trainer.batch import Layout, ModelInput, Sequences
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import Reference
 from mispo.trainer.ranks import Ranks
@@ -42,11 +42,21 @@ class Values:
         self.bootstrap_B[list(members)] = found[len(places) :].cpu()
 
 
+@dataclass(frozen=True)
+class Scores:
+    """All that is known of a batch before its updates. values: None without a critic. reference_N: log π_ref, None
+    without a KL term."""
+
+    policy: PolicyScores
+    values: Values | None
+    reference_N: Tensor | None
+
+
 @torch.no_grad()
 def score_policy(
-    actor: TrainEngine, batch: Batch, layout: Layout, temperature: float, *, keep_experts: bool = False
+    actor: TrainEngine, batch: Sequences, layout: Layout, temperature: float, *, keep_experts: bool = False
 ) -> tuple[PolicyScores, Values | None]:
-    """One forward over the batch; dropout off. Values where the actor's trunk has a value head.
+    """Run one forward over the batch, dropout off. Values where the actor's trunk has a value head.
 
     keep_experts: of all positions, to be replayed in the updates.
     """
@@ -81,8 +91,8 @@ def score_policy(
 
 
 @torch.no_grad()
-def score_values(critic: TrainEngine, batch: Batch, layout: Layout) -> Values:
-    """One forward over the batch gives V at every scored token and after the last one; dropout off."""
+def score_values(critic: TrainEngine, batch: Sequences, layout: Layout) -> Values:
+    """Run one forward that gives V at every scored token and after the last one, dropout off."""
     critic.eval()
     values = Values(torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch)))
     for members in equal_count(critic.ranks, layout.microbatches(batch, range(len(batch)))):
@@ -91,25 +101,19 @@ def score_values(critic: TrainEngine, batch: Batch, layout: Layout) -> Values:
     return values
 
 
-def _with_ends(layout: Layout, batch: Batch, members: Sequence[int], engine: TrainEngine) -> ModelInput:
-    """A micro-batch read at its scored tokens, then at each trajectory's last token, where V(s_T) is."""
+def _with_ends(layout: Layout, batch: Sequences, members: Sequence[int], engine: TrainEngine) -> ModelInput:
+    """Lay out a micro-batch read at its scored tokens, then at each trajectory's last token, where V(s_T) is."""
     x = layout.input(batch, members, engine.ranks.device)
     end = layout.input(batch, members, engine.ranks.device, last=True)
     return replace(x, rows=torch.cat([x.rows, end.rows]), columns=torch.cat([x.columns, end.columns]))
 
 
 @torch.no_grad()
-def score_logprobs(
-    policy: TrainEngine | Reference,
-    batch: Batch,
-    members: Sequence[int],
-    layout: Layout,
-    temperature: float,
-) -> Tensor:
-    """Log-probs [N] of these trajectories' tokens under a policy, 0 elsewhere; fp32, CPU."""
+def score_logprobs(policy: TrainEngine | Reference, batch: Sequences, layout: Layout, temperature: float) -> Tensor:
+    """Compute the log-probs [N] of the scored tokens under a policy; fp32, CPU."""
     policy.eval()
     logprobs_N = torch.zeros(int(batch.offsets_B1[-1]))
-    for part in equal_count(policy.ranks, layout.microbatches(batch, members)):
+    for part in equal_count(policy.ranks, layout.microbatches(batch, range(len(batch)))):
         logprobs, *_ = policy.forward(layout.input(batch, part, policy.ranks.device), temperature)
         logprobs_N[batch.tokens_of(part)] = logprobs.cpu()
     return logprobs_N

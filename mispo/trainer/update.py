@@ -2,139 +2,200 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
+from mispo.algorithm.filter import Proposal
 from mispo.algorithm.loss import critic_loss
+from mispo.algorithm.method import Method, Targets, ValueTargets
 from mispo.algorithm.objective import Objective, Samples, Scale
 from mispo.algorithm.segments import segment_sum
 from mispo.trainer.batch import Batch, Layout, minibatches
 from mispo.trainer.engine import TrainEngine, Update
-from mispo.trainer.scoring import equal_count
+from mispo.trainer.scoring import equal_count, score_logprobs
+from rollouts.sampler import request_seed
+
+RANDOM_CHOICES = ("actor", "critic", "filter")
+"""What a step decides by chance, apart from sampling."""
 
 
 @dataclass(frozen=True)
-class ValueLoss:
-    """What values learn from, constant over the step; all [N].
+class UpdateSettings:
+    """How a step's samples become updates.
 
-    values: before the step's updates, for the clip. included: bool; the filter has no say in it. weight: of the term in
-    a joint loss with the policy's.
+    seed: of the run. temperature: of the rollouts. value_clip: see `critic_loss`. value_weight: of the value loss in a
+    joint loss with the policy's (critic kind shared). mtp_weight: of the draft heads' loss, 0 = they do not learn.
     """
 
-    values: Tensor
-    targets: Tensor
-    included: Tensor
-    clip: float | None
-    weight: float = 1.0
-
-    def share(self, values_n: Tensor, at: Tensor, count: int) -> Tensor:
-        """A micro-batch's share of the loss over `count` tokens of all ranks, from V at the tokens in these places."""
-        return critic_loss(
-            values_n,
-            self.values[at].to(values_n),
-            self.targets[at].to(values_n),
-            self.included[at].to(values_n.device),
-            values_n.new_tensor(float(count)),
-            self.clip,
-        )
+    layout: Layout
+    seed: int
+    temperature: float
+    actor_minibatches: int
+    critic_minibatches: int
+    value_clip: float | None
+    value_weight: float
+    mtp_weight: float
 
 
-def update_critic(
-    critic: TrainEngine, batch: Batch, value_loss: ValueLoss, *, parts: int, layout: Layout, seed: int
-) -> list[Update]:
-    """`parts` critic updates on fixed targets; every included token counts, accepted by the filter or not."""
+def step_seed(seed: int, choice: str, step: int) -> int:
+    """Return the seed of one of the RANDOM_CHOICES of a step."""
+    return request_seed(seed, step, RANDOM_CHOICES.index(choice))
+
+
+def propose(batch: Batch, logprobs_N: Tensor, seed: int) -> Proposal:
+    """Return what the rollout proposed in a step, under a target policy with these log-probs."""
+    return Proposal(
+        old_logprobs_N=logprobs_N,
+        rollout_logprobs_N=batch.rollout_logprobs_N,
+        offsets_B1=batch.offsets_B1,
+        position_B=batch.position_B,
+        group_B=batch.group_B,
+        seed=step_seed(seed, "filter", batch.step),
+        everyone=batch.everyone,
+    )
+
+
+def update_critic(critic: TrainEngine, batch: Batch, targets: ValueTargets, settings: UpdateSettings) -> list[Update]:
+    """Make the critic's updates on fixed targets; every included token counts, accepted by the filter or not."""
     updates = []
-    for members in minibatches(batch, parts, seed):
-        count = critic.ranks.count(int(value_loss.included[batch.tokens_of(members)].sum()))
+    seed = step_seed(settings.seed, "critic", batch.step)
+    for members in minibatches(batch, settings.critic_minibatches, seed):
+        count = critic.ranks.count(int(targets.included[batch.tokens_of(members)].sum()))
         if count == 0:
             continue
 
         def loss(part: list[int], count: int = count) -> Tensor:
-            values = critic.forward(layout.input(batch, part, critic.ranks.device))
-            return value_loss.share(values, batch.tokens_of(part), count)
+            values_n = critic.forward(settings.layout.input(batch, part, critic.ranks.device))
+            return value_loss(targets, values_n, batch.tokens_of(part), count, settings.value_clip)
 
-        updates.append(_run(critic, batch, members, layout, loss))
+        updates.append(_run(critic, batch, members, settings.layout, loss))
     return updates
 
 
-def update_actor(
-    actor: TrainEngine,
-    batch: Batch,
-    samples: Samples,
-    objective: Objective,
-    *,
-    parts: int,
-    layout: Layout,
-    seed: int,
-    temperature: float,
-    after_update: Callable[[], None],
-    reweigh: Callable[[list[int]], Tensor] | None = None,
-    value_loss: ValueLoss | None = None,
-    mtp_weight: float = 0.0,
-) -> list[Update | None]:
-    """`parts` actor updates, each sample used once; None where a mini-batch had nothing accepted (no step).
+def value_loss(targets: ValueTargets, values_n: Tensor, at: Tensor, count: int, clip: float | None) -> Tensor:
+    """Return a micro-batch's share of the critic's loss over `count` tokens of all ranks.
 
-    Trajectories of which every token was rejected are not computed, unless the objective has terms for them too.
-    reweigh: weights of these trajectories' tokens under the current π_θ, for the mini-batches after the first (before
-    which π_θ is π_old). value_loss: of a critic that shares the trunk; every trajectory is then computed, and its
-    sum is in the update's stats, not in its loss. mtp_weight: of the draft heads' loss, over all included tokens of the
-    mini-batch; likewise.
+    values_n: V at the tokens in the places `at`.
     """
-    updates: list[Update | None] = []
-    for number, members in enumerate(minibatches(batch, parts, seed)):
+    return critic_loss(
+        values_n,
+        targets.old[at].to(values_n),
+        targets.targets[at].to(values_n),
+        targets.included[at].to(values_n.device),
+        values_n.new_tensor(float(count)),
+        clip,
+    )
+
+
+def actor_updates(
+    actor: TrainEngine, batch: Batch, targets: Targets, method: Method, settings: UpdateSettings
+) -> Iterator[Update | None]:
+    """Make the actor's updates one by one, each sample used once; None where a mini-batch had nothing accepted.
+
+    Trajectories of which every token was rejected are not computed, unless the loss has terms for them too. Where the
+    method rechecks, the tokens of each mini-batch after the first are weighted by the filter's look at the current π_θ
+    (before the first π_θ is π_old). With values in the actor's trunk (critic kind shared) the loss is joint.
+    """
+    samples = targets.samples
+    joint = targets.values if actor.module.value_head is not None else None
+    seed = step_seed(settings.seed, "actor", batch.step)
+    for number, members in enumerate(minibatches(batch, settings.actor_minibatches, seed)):
         at = batch.tokens_of(members)
-        if reweigh and number:
-            samples = samples.reweighted(at, reweigh(members))
-        scale = objective.scale(samples.at(at, at.device), batch.offsets_of(members), actor.ranks.count)
-        count = actor.ranks.count(int(value_loss.included[at].sum())) if value_loss else 0
-        drafted = max(1, actor.ranks.count(int(samples.included[at].sum()))) if mtp_weight else 1
-        if scale.kept == 0 and count == 0:
-            updates.append(None)
+        if method.rechecks and number:
+            samples = samples.reweighted(at, recheck(actor, batch.part(members), samples, at, method, settings))
+        loss = _ActorLoss.over(actor, batch, members, samples, method.objective, joint, settings)
+        if loss.scale.kept == 0 and loss.valued == 0:
+            yield None
             continue
-        sums: dict[str, Tensor] = {}
-
-        def loss(
-            part: list[int],
-            samples: Samples = samples,
-            scale: Scale = scale,
-            sums: Any = sums,
-            count: int = count,
-            drafted: int = drafted,
-        ) -> Tensor:
-            logprobs, entropy, values, drafts = actor.forward(
-                layout.input(batch, part, actor.ranks.device), temperature
-            )
-            places = batch.tokens_of(part)
-            mine = samples.at(places, logprobs.device)
-            share, found = objective(logprobs, entropy, mine, batch.offsets_of(part).to(logprobs.device), scale)
-            if value_loss and count:
-                found["value_loss"] = value_loss.share(values, places, count)
-                share = share + value_loss.weight * found["value_loss"]
-            if mtp_weight:
-                found["draft_nll"] = (drafts * mine.included).sum()
-                share = share + mtp_weight * found["draft_nll"] / drafted
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0) + value.detach().double().cpu()
-            return share
-
         kept_B = segment_sum(samples.weights > 0, batch.offsets_B1)
-        needed = [b for b in members if objective.everywhere or value_loss or kept_B[b] > 0]
-        update = _run(actor, batch, needed, layout, loss, partial=scale.kept == 0)
-        stats = {name: actor.ranks.sum(sums[name]).item() for name in sorted(sums)}
-        others = mtp_weight * stats.get("draft_nll", 0.0) / drafted
-        others += value_loss.weight * stats.get("value_loss", 0.0) if value_loss else 0.0
-        update = replace(update, loss=update.loss - others, stats=stats)
-        updates.append(update)
-        if update.applied:
-            after_update()
-    return updates
+        needed = [b for b in members if method.objective.everywhere or joint or kept_B[b] > 0]
+        update = _run(actor, batch, needed, settings.layout, loss, partial=loss.scale.kept == 0)
+        yield loss.named(update)
+
+
+def recheck(
+    actor: TrainEngine, part: Batch, samples: Samples, at: Tensor, method: Method, settings: UpdateSettings
+) -> Tensor:
+    """Weigh the tokens of some trajectories with the filter looking at the current π_θ (mask_policy: current)."""
+    logprobs_N = score_logprobs(actor, part, settings.layout, settings.temperature)
+    selection = method.select(propose(part, logprobs_N, settings.seed))
+    # The correction stays that of π_old.
+    log_x_N = samples.old_logprobs[at].double() - part.rollout_logprobs_N.double()
+    return method.weights(selection, log_x_N, part.offsets_B1, samples.included[at])
+
+
+@dataclass
+class _ActorLoss:
+    """The loss of one mini-batch as a function of its micro-batches.
+
+    valued: tokens in the value loss, drafted: in the draft heads', both over all ranks and at least 0 and 1. sums: over
+    the micro-batches so far, for metrics.
+    """
+
+    actor: TrainEngine
+    batch: Batch
+    samples: Samples
+    objective: Objective
+    scale: Scale
+    joint: ValueTargets | None
+    valued: int
+    drafted: int
+    settings: UpdateSettings
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def over(
+        actor: TrainEngine,
+        batch: Batch,
+        members: list[int],
+        samples: Samples,
+        objective: Objective,
+        joint: ValueTargets | None,
+        settings: UpdateSettings,
+    ) -> _ActorLoss:
+        at = batch.tokens_of(members)
+        return _ActorLoss(
+            actor=actor,
+            batch=batch,
+            samples=samples,
+            objective=objective,
+            scale=objective.scale(samples.at(at, at.device), batch.offsets_of(members), actor.ranks.count),
+            joint=joint,
+            valued=actor.ranks.count(int(joint.included[at].sum())) if joint else 0,
+            drafted=max(1, actor.ranks.count(int(samples.included[at].sum()))) if settings.mtp_weight else 1,
+            settings=settings,
+        )
+
+    def __call__(self, part: list[int]) -> Tensor:
+        x = self.settings.layout.input(self.batch, part, self.actor.ranks.device)
+        logprobs, entropy, values, drafts = self.actor.forward(x, self.settings.temperature)
+        places = self.batch.tokens_of(part)
+        mine = self.samples.at(places, logprobs.device)
+        offsets = self.batch.offsets_of(part).to(logprobs.device)
+        share, found = self.objective(logprobs, entropy, mine, offsets, self.scale)
+        if self.joint and self.valued:
+            found["value_loss"] = value_loss(self.joint, values, places, self.valued, self.settings.value_clip)
+            share = share + self.settings.value_weight * found["value_loss"]
+        if self.settings.mtp_weight:
+            found["draft_nll"] = (drafts * mine.included).sum()
+            share = share + self.settings.mtp_weight * found["draft_nll"] / self.drafted
+        for name, value in found.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+        return share
+
+    def named(self, update: Update) -> Update:
+        """Return the update with the sums of all ranks; its loss is that of the policy alone."""
+        stats = {name: self.actor.ranks.sum(self.sums[name]).item() for name in sorted(self.sums)}
+        others = self.settings.mtp_weight * stats.get("draft_nll", 0.0) / self.drafted
+        others += self.settings.value_weight * stats.get("value_loss", 0.0) if self.joint else 0.0
+        return replace(update, loss=update.loss - others, stats=stats)
 
 
 def value_updates(updates: Sequence[Update | None]) -> list[Update]:
-    """The critic's side of joint updates."""
+    """Return the critic's side of joint updates."""
     return [replace(u, loss=u.stats["value_loss"], stats={}) for u in updates if u and "value_loss" in u.stats]
 
 

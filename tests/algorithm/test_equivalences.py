@@ -2,8 +2,6 @@
 
 import math
 from functools import cache
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -17,9 +15,6 @@ from mispo.algorithm.segments import owner_of
 from mispo.build.algorithm import build_method
 from mispo.config.load import load_config
 from mispo.config.schema import MispoConfig
-from mispo.loop import weigh
-from mispo.run import Run
-from mispo.trainer.batch import Batch
 from support.ragged import Ragged, proposal
 
 VOCABULARY, SAMPLES, LONGEST = 5, 4, 40
@@ -47,7 +42,7 @@ def toy(batch: Ragged) -> tuple[Tensor, Tensor]:
 
 def gradient(overrides: list[str], batch: Ragged, advantages_N: Tensor, old_shift: float, mismatch: float) -> Tensor:
     """∂L/∂logits [N, V] of a method. π_old is old_shift away from π_θ, π_rollout is mismatch away from π_old."""
-    method = build_method(config_of(*overrides))
+    method = build_method(config_of(*overrides), (0.0, 1.0))
     logits, tokens = toy(batch)
     logits.requires_grad_()
     logprobs_N = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -55,13 +50,7 @@ def gradient(overrides: list[str], batch: Ragged, advantages_N: Tensor, old_shif
     rollout_N = old_N + batch.tokens("rollout", mismatch).double()
     proposed = proposal(old_N, rollout_N, batch.offsets, samples=SAMPLES)
     included_N = torch.ones_like(old_N, dtype=torch.bool)
-    weights_N = weigh(
-        cast(Run, SimpleNamespace(method=method)),
-        cast(Batch, SimpleNamespace(rollout_logprobs_N=rollout_N, offsets_B1=batch.offsets)),
-        method.filter(proposed),
-        old_N,
-        included_N,
-    )
+    weights_N = method.weights(method.filter(proposed), proposed.log_x_N, batch.offsets, included_N)
     samples = Samples(old_N, advantages_N, weights_N, included_N)
     scale = method.objective.scale(samples, batch.offsets, lambda number: number)
     loss, _ = method.objective(logprobs_N, torch.zeros_like(old_N), samples, batch.offsets, scale)

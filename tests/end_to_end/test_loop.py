@@ -59,7 +59,7 @@ def test_a_replay_of_saved_rollouts_trains_as_the_run_did(straight: Path, tmp_pa
     files = [str(straight / f"rollouts/step_{step}.parquet") for step in (1, 2)]
     done = mispo("train", *MICRO, f"run_dir={tmp_path / 'run'}", "--replay", *files, "seed=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "replay of 2 steps: no engine" in done.stdout
+    assert "saved rollouts of 2 steps: no engine" in done.stdout
     rows, expected = without_times(rows_of(tmp_path / "run")), without_times(rows_of(straight))
     assert rows[0] == {"step": 0}
     for step in (1, 2):

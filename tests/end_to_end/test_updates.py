@@ -75,7 +75,7 @@ def test_muon_is_the_same_on_every_stage(straight: dict[str, Any], untouched: di
         assert torch.allclose(alone["losses"], other["losses"], rtol=1e-3, atol=1e-5)
         for key, tensor in alone["actor"].items():
             moved = (tensor - untouched["actor"][key]).norm()
-            assert (tensor - other["actor"][key]).norm() <= 0.05 * moved, key
+            assert (tensor - other["actor"][key]).norm() <= 0.1 * moved, key
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -7,6 +7,7 @@ Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,28 +15,26 @@ from deepspeed.utils import z3_leaf_module
 from torch import Tensor
 
 from mispo.algorithm.loss import mispo_loss
+from mispo.algorithm.method import ValueTargets
 from mispo.algorithm.objective import Objective, Samples
 from mispo.config.schema import TrainerConfig
-from mispo.trainer.batch import Layout, pack
+from mispo.trainer.batch import Layout, Packing, pack
 from mispo.trainer.checkpoint.files import newest_checkpoint
-from mispo.trainer.checkpoint.states import (
-    Progress,
-    load_progress,
-    load_states,
-    save_checkpoint,
-)
+from mispo.trainer.checkpoint.states import Checkpoints
 from mispo.trainer.engine import build_engines, start_ranks
 from mispo.trainer.history import WeightHistory
+from mispo.trainer.learner import Learner
 from mispo.trainer.policy import ActorModule, CriticModule, checkpoint_layers
-from mispo.trainer.publish import WeightSync, full_weights
+from mispo.trainer.publish import Publisher, full_weights
 from mispo.trainer.rehearsal import rehearse
-from mispo.trainer.scoring import score_policy, score_values
-from mispo.trainer.update import ValueLoss, update_actor, update_critic
+from mispo.trainer.scoring import PolicyScores, Scores, score_policy, score_values
 from model.build import build_policy
 from model.critic import Critic
 from model.facts import count_flops
 from rollouts.native.engine import NativeEngine
+from rollouts.sampler import publish
 from rollouts.trajectory import Prompt, Trajectory
+from support.batches import method_of, settings_of, targets_of
 
 TRAJECTORIES = 13
 
@@ -106,48 +105,44 @@ def main() -> None:
     if "--rehearse" in flags:
         rehearse(actor, 30, layout, 90)
         rehearse(critic, 30, layout, 90)
-    sync = WeightSync(
+    publisher = Publisher(
         actor,
-        engine,
         WeightHistory(0),
         probe=[torch.arange(7, 15)],
         packed=layout.packed,
-        tolerance=1e-4,
         temperature=1.0,
+        convert=engine.converted,
     )
+    packing = Packing("bootstrap", TRAJECTORIES, samples_per_prompt=1, penalty=lambda length: 0.0)
+    settings = settings_of(layout, temperature=1.0, actor_minibatches=2, critic_minibatches=3)
+    learner = Learner(ranks, actor, critic, None, publisher, packing, settings, False, 0, 0.0, 0)
+    directory = Path(flags.get("--save", "nowhere"))
+    registered = {"learner": learner}
+    checkpoints = Checkpoints(directory, learner, tokenizer, registered, keep_last=1, keep_best=0, last=None)
     if checkpoint:
-        load_states(checkpoint, load_progress(checkpoint), actor=actor, critic=critic, sync=sync)
+        checkpoints.restore(checkpoint)
 
     generator = torch.Generator().manual_seed(1)
     everything = [trajectory(number, generator) for number in range(TRAJECTORIES)]
     mine = ranks.share(TRAJECTORIES)
-    batch = pack(
-        [everything[i] for i in mine], truncation="bootstrap", positions_B=torch.tensor(list(mine)), total=TRAJECTORIES
-    )
+    places = torch.tensor(list(mine), dtype=torch.int64)
+    batch = pack([everything[i] for i in mine], places, packing, step=1, version=0, ranks=ranks)
     tokens = int(batch.offsets_B1[-1])
     included = torch.ones(tokens, dtype=torch.bool)
     advantages = torch.sin(batch.rollout_logprobs_N * 7)
     if "--nan" in flags:
         advantages = advantages * float("nan")
     weights = (torch.cos(batch.rollout_logprobs_N * 9) > -0.5).float()
-    updates = []
+    method, updates = method_of(Objective(mispo_loss, "tokens", 30, 0.0, 0.0)), []
     for number in range(int(rounds)):
-        seed = number + actor.updates * 100
-        updates += update_critic(
-            critic, batch, ValueLoss(advantages, advantages, included, clip=None), parts=3, layout=layout, seed=seed
+        batch = replace(batch, step=1 + number + actor.updates * 100)
+        targets = targets_of(
+            Samples(torch.zeros(tokens), advantages, weights, included), ValueTargets(advantages, advantages, included)
         )
-        updates += update_actor(
-            actor,
-            batch,
-            Samples(torch.zeros(tokens), advantages, weights, included),
-            Objective(mispo_loss, "tokens", 30, 0.0, 0.0),
-            parts=2,
-            layout=layout,
-            seed=seed,
-            temperature=1.0,
-            after_update=lambda: None,
-        )
-    sync.publish()
+        updates += learner.update_critic(batch, targets.values)
+        unscored = Scores(PolicyScores(torch.zeros(tokens), torch.zeros(tokens), None), None, None)
+        updates += learner.update_actor(batch, unscored, targets, method)
+    publish(engine, learner.due_weights(), tolerance=1e-4, temperature=1.0)
     scores, _ = score_policy(actor, batch, layout, 1.0)
     values = score_values(critic, batch, layout)
     result = {
@@ -164,17 +159,7 @@ def main() -> None:
         "stop": (actor.updates, critic.updates),
     }
     if "--save" in flags:
-        progress = Progress(1, 0, actor.updates, critic.updates, None, {}, {}, None, None)
-        save_checkpoint(
-            Path(flags["--save"]),
-            progress=progress,
-            actor=actor,
-            critic=critic,
-            tokenizer=tokenizer,
-            sync=sync,
-            keep_last=1,
-            keep_best=0,
-        )
+        checkpoints.save(1)
     if ranks.first:
         torch.save(result, out)
     ranks.leave()

@@ -57,8 +57,8 @@ def test_equal_rewards_leave_out_the_better_ones() -> None:
 def test_mismatch_follows_its_formulas() -> None:
     log_x = [0.1, -0.2, 0.0]
     old, rollout = torch.tensor(log_x, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    sums = mismatch_sums(old, rollout, torch.tensor([True, False, True]), torch.tensor([0, 2, 3]))
-    metrics = mismatch_metrics(sums, ratio_histogram(old, rollout))
+    sums = mismatch_sums(old - rollout, rollout, torch.tensor([True, False, True]), torch.tensor([0, 2, 3]))
+    metrics = mismatch_metrics(sums, ratio_histogram(old - rollout))
     assert metrics["mismatch/k1"] == pytest.approx(sum(-x for x in log_x) / 3)
     assert metrics["mismatch/k3"] == pytest.approx(sum(math.exp(x) - 1 - x for x in log_x) / 3)
     x = [math.exp(value) for value in log_x]
@@ -74,8 +74,9 @@ def test_mismatch_follows_its_formulas() -> None:
 
 
 def metrics_of(old: Tensor, rollout: Tensor, offsets: Tensor) -> dict[str, float]:
-    sums = mismatch_sums(old, rollout, torch.ones_like(old, dtype=torch.bool), offsets)
-    return mismatch_metrics(sums, ratio_histogram(old, rollout))
+    log_x = old.double() - rollout.double()
+    sums = mismatch_sums(log_x, rollout, torch.ones_like(old, dtype=torch.bool), offsets)
+    return mismatch_metrics(sums, ratio_histogram(log_x))
 
 
 def test_the_effective_sample_size_survives_ratios_that_overflow() -> None:

@@ -32,6 +32,12 @@ MICRO = [
 
 TIMES = ("timing_s/", "perf/")
 
+TESTS = Path(__file__).parents[1]
+WITH_TESTS = {
+    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+}
+"""Scripts import what tests share, as tests do. The root first: tests/model is not the package `model`."""
+
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 """What is not to be inherited from a test that has been a rank itself."""
 
@@ -51,7 +57,7 @@ def python(
     fresh: in a process that imports everything itself, as always where there is no Linux, or a GPU: its driver does not
     survive a fork.
     """
-    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHED} | WITH_TESTS
     if fresh or sys.platform != "linux" or torch.cuda.is_available():
         launcher = [sys.executable, "-P"]
         if ranks > 1:
@@ -100,7 +106,7 @@ def server() -> tuple[IO[str], IO[str]]:
         stdout=subprocess.PIPE,
         text=True,
         # Without the thread of pyarrow's allocator, which would be missing after a fork.
-        env={**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"},
+        env={**os.environ, **WITH_TESTS, "JE_ARROW_MALLOC_CONF": "background_thread:false"},
     )
     assert process.stdin
     assert process.stdout

@@ -12,7 +12,8 @@ def write(directory: Path, step: int, score: float | None = None) -> Path:
     temporary, final = directory / f"step_{step}.tmp", directory / f"step_{step}"
     (temporary / "actor").mkdir(parents=True)
     (temporary / "actor/weights").write_bytes(b"12345")
-    finish_checkpoint(temporary, final, {"step": step, "score": score})
+    measured = {"step": 0 if score is None else step, "score": score}
+    finish_checkpoint(temporary, final, {"step": step, "states": {"evaluation": measured}})
     return final
 
 

@@ -12,11 +12,11 @@ from mispo.algorithm.objective import Objective, Samples
 from mispo.trainer.batch import Batch, Layout
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import ActorModule
-from mispo.trainer.update import update_actor
+from mispo.trainer.update import actor_updates
 from model.build import build_policy, let_drafts_learn
 from model.step.mtp import draft_loss
 from model.step.step import StepForCausalLM
-from support.batches import Plain, batch_of
+from support.batches import Plain, batch_of, method_of, settings_of, targets_of
 
 LENGTHS = [9, 23, 4, 5, 14, 2]
 """The last one has nothing to draft."""
@@ -41,18 +41,10 @@ def step_data() -> tuple[Batch, Samples]:
 
 def updated(engine: Plain, layout: Layout, weight: float) -> tuple[dict[str, Tensor], dict[str, float], float]:
     batch, samples = step_data()
-    (update,) = update_actor(
-        cast(TrainEngine, engine),
-        batch,
-        samples,
-        Objective(mispo_loss, "tokens", 30, 0.0, 0.0),
-        parts=1,
-        layout=layout,
-        seed=0,
-        temperature=0.8,
-        after_update=lambda: None,
-        mtp_weight=weight,
-    )
+    method = method_of(Objective(mispo_loss, "tokens", 30, 0.0, 0.0))
+    arguments = batch, targets_of(samples), method, settings_of(layout, mtp_weight=weight)
+    (update,) = actor_updates(cast(TrainEngine, engine), *arguments)
+    assert update is not None
     return engine.gradients(), dict(update.stats), update.loss
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mispo.trainer.batch import Batch, Layout, pack
+from mispo.trainer.batch import Batch, Layout, Packing, pack
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.policy import ActorModule, CriticModule, Reference
+from mispo.trainer.ranks import Ranks
 from mispo.trainer.scoring import score_logprobs, score_policy, score_values
 from model.build import build_policy
 from model.critic import Critic
@@ -57,7 +58,7 @@ def test_scoring_activates_the_rollouts_experts(actor: TrainEngine, layout: Layo
     scores, _ = score_policy(actor, batch, layout, 1.0)
     free, _ = score_policy(actor, replace(batch, experts=None), layout, 1.0)
     assert torch.allclose(scores.logprobs_N, by_hand(actor, batch), atol=1e-5)
-    assert torch.allclose(score_logprobs(actor, batch, range(4), layout, 1.0), scores.logprobs_N, atol=1e-5)
+    assert torch.allclose(score_logprobs(actor, batch, layout, 1.0), scores.logprobs_N, atol=1e-5)
     assert (scores.logprobs_N - free.logprobs_N).abs().max() > 1e-2
     at_scored = torch.cat([e[c] for e, c in zip(batch.experts, batch.columns, strict=True)]).transpose(0, 1)
     assert torch.equal(scores.routing.experts, at_scored)
@@ -78,9 +79,9 @@ def test_the_experts_of_the_old_policy_stay_when_the_actor_moves(actor: TrainEng
         for name, parameter in actor.module.policy.named_parameters():
             if name.endswith("mlp.gate.weight"):
                 parameter.neg_()
-    replayed = score_logprobs(actor, kept, range(4), layout, 1.0)
+    replayed = score_logprobs(actor, kept, layout, 1.0)
     assert torch.allclose(replayed, by_hand(actor, kept), atol=1e-5)
-    assert (replayed - score_logprobs(actor, batch, range(4), layout, 1.0)).abs().max() > 1e-2
+    assert (replayed - score_logprobs(actor, batch, layout, 1.0)).abs().max() > 1e-2
 
 
 def test_critic_and_reference_route_for_themselves() -> None:
@@ -90,7 +91,7 @@ def test_critic_and_reference_route_for_themselves() -> None:
     values = [score_values(critic, batch, Layout(10**6)) for batch in (plain, replay)]
     assert torch.equal(values[0].values_N, values[1].values_N)
     reference = Reference(ActorModule(policy, torch.float32), critic.ranks)
-    a, b = (score_logprobs(reference, batch, range(4), Layout(10**6), 1.0) for batch in (plain, replay))
+    a, b = (score_logprobs(reference, batch, Layout(10**6), 1.0) for batch in (plain, replay))
     assert torch.equal(a, b)
 
 
@@ -110,10 +111,12 @@ def test_trajectories_bring_their_experts_or_are_refused() -> None:
         completion="",
         reward=1.0,
     )
-    sizes = {"truncation": "zero", "positions_B": torch.tensor([0]), "total": 1}
-    assert pack([trajectory], **sizes).experts is None
-    batch = pack([trajectory], **sizes, replay=True)
+    packing = Packing("zero", prompts_per_step=1, samples_per_prompt=1, penalty=lambda length: 0.0)
+    place = {"step": 1, "version": 0, "ranks": Ranks(0, 1, torch.device("cpu"))}
+    assert pack([trajectory], torch.tensor([0]), packing, **place).experts is None
+    packing = replace(packing, replay=True)
+    batch = pack([trajectory], torch.tensor([0]), packing, **place)
     assert torch.equal(batch.experts[0], experts)
     assert torch.equal(batch.part([0]).experts[0], experts)
     with pytest.raises(ValueError, match=r"router\.replay"):
-        pack([replace(trajectory, routed_experts=None)], **sizes, replay=True)
+        pack([replace(trajectory, routed_experts=None)], torch.tensor([0]), packing, **place)

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 
-def finish_checkpoint(temporary: Path, final: Path, progress: Mapping[str, Any]) -> None:
-    """Turn a directory in which everything but state.json has been written into a checkpoint."""
+def finish_checkpoint(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
+    """Turn a directory in which everything but state.json has been written into a checkpoint.
+
+    state: `step` and `states`, see states.py.
+    """
     files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
-    state = temporary / "state.json"
-    state.write_text(json.dumps({"progress": progress, "files": sizes}, indent=2))
-    for path in (*files, state):
+    described = temporary / "state.json"
+    described.write_text(json.dumps({**state, "files": sizes}, indent=2))
+    for path in (*files, described):
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     if final.exists():
@@ -33,24 +36,31 @@ def finish_checkpoint(temporary: Path, final: Path, progress: Mapping[str, Any])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`progress` and `files` of a checkpoint."""
+    """Return `step`, `states` and `files` of a checkpoint."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     return state
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were finished, oldest first."""
+    """Return the checkpoints that were finished, oldest first."""
     found = [p for p in directory.glob("step_*") if p.suffix != ".tmp"]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def superfluous(checkpoints: Sequence[Path], keep_last: int, keep_best: int) -> list[Path]:
-    """Those that are neither among the last nor, of the ones with a score, among the best."""
-    scores = [None if torn(path) else read_state(path)["progress"]["score"] for path in checkpoints]
+    """Return those that are neither among the last nor, of the ones with a score, among the best."""
+    scores = [None if keep_best == 0 or torn(path) else score_of(path) for path in checkpoints]
     # Of equals the later one: it has been trained longer.
     ranked = sorted((score, number) for number, score in enumerate(scores) if score is not None)
     best = {checkpoints[number] for _, number in ranked[max(0, len(ranked) - keep_best) :]}
     return [path for path in checkpoints[:-keep_last] if path not in best]
+
+
+def score_of(checkpoint: Path) -> float | None:
+    """Return the greedy accuracy on held-out problems, if it was measured at the checkpoint's step."""
+    state = read_state(checkpoint)
+    evaluation = state["states"]["evaluation"]
+    return evaluation["score"] if evaluation["step"] == state["step"] else None
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, list[str]]:

@@ -5,9 +5,9 @@ checkpoints/step_N/
     adapters.safetensors          with LoRA: the policy's adapters, which are merged into actor/
     critic.safetensors            the critic's weights (with LoRA: adapters and head), or a shared one's head
     {actor,critic}_optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq (AdamW), NAME.momentum_buffer (Muon)
-    history.safetensors           old weights, under rollout.staleness
+    history.safetensors           old weights, under rollout.lag
     rng.pt                        random states of the first rank
-    state.json                    counters, data cursor, states of filter and alarms, W&B id; the other files' sizes
+    state.json                    step, the states of everything that is registered, the other files' sizes
 All states are full tensors by parameter name, so another number of ranks or ZeRO stage can read them.
 """
 
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,127 +26,132 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mispo.system.files import writing
 from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint.files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
-from mispo.trainer.publish import NoSync, WeightSync, full_weights
+from mispo.trainer.learner import Learner
+from mispo.trainer.publish import full_weights
 from model.lora import MergedWeights, has_lora, trained
 
+State = Mapping[str, Any]
+"""What JSON can say."""
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is; saved in state.json.
 
-    score: greedy held-out accuracy, if it was measured at this step. low_confidence: what counts as it, per MoE layer.
+class Stateful(Protocol):
+    """Whatever has to survive a resume, beside weights and optimizers."""
+
+    def state(self) -> State:
+        """Return what `restore` takes."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Continue where a checkpoint was."""
+        ...
+
+
+class Checkpoints:
+    """Writes checkpoints of a run and continues from one.
+
+    directory: RUN/checkpoints. registered: what has a state, by the name that it gets in state.json. last: the newest
+    checkpoint, None before the first.
     """
 
-    step: int
-    cursor: int
-    actor_updates: int
-    critic_updates: int
-    wandb_id: str | None
-    filter_state: dict[str, float]
-    alarms_seen: dict[str, int]
-    score: float | None
-    low_confidence: list[float] | None
+    def __init__(
+        self,
+        directory: Path,
+        learner: Learner,
+        tokenizer: PreTrainedTokenizerBase,
+        registered: Mapping[str, Stateful],
+        *,
+        keep_last: int,
+        keep_best: int,
+        last: Path | None,
+    ) -> None:
+        self.directory = directory
+        self.learner = learner
+        self.tokenizer = tokenizer
+        self.registered = registered
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.last = last
 
+    def states(self) -> dict[str, State]:
+        """Return the states of everything that is registered, as they are now."""
+        return {name: part.state() for name, part in self.registered.items()}
 
-def save_checkpoint(
-    directory: Path,
-    *,
-    progress: Progress,
-    actor: TrainEngine,
-    critic: TrainEngine | None,
-    tokenizer: PreTrainedTokenizerBase,
-    sync: WeightSync | NoSync,
-    keep_last: int,
-    keep_best: int,
-) -> Path:
-    """Write checkpoints/step_N under `directory`; every rank calls, the first one writes. Returns its path.
+    def save(self, step: int, states: Mapping[str, State] | None = None) -> Path:
+        """Write checkpoints/step_N; every rank calls, the first one writes. Returns its path.
 
-    OSError if it cannot be written; the checkpoints before are then still there.
-    """
-    final = directory / f"step_{progress.step}"
-    temporary = final.with_name(final.name + ".tmp")
-    first, adapters = actor.ranks.first, has_lora(actor.module)
-    raw = full_weights(actor, actor.module.policy, keep=first)
-    values = value_weights(actor, critic)
-    moments = {e.name: e.states.read(keep=first) if e.updates else {} for e in (actor, critic) if e}
-    if first:
-        policy = dict(MergedWeights(actor.module.policy, raw))
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
-            tokenizer.save_pretrained(temporary / "actor")
-            if adapters:
-                _save(trained(actor.module.policy, raw), temporary / "adapters.safetensors")
-            if values:
-                _save(values, temporary / "critic.safetensors")
-            for name, states in moments.items():
-                _save(states, temporary / f"{name}_optimizer.safetensors")
-            _save(_history(sync), temporary / "history.safetensors")
-            torch.save(_random_states(), temporary / "rng.pt")
-        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
-            raise OSError(f"the checkpoint {final} could not be written: {error}") from error
-        finish_checkpoint(temporary, final, vars(progress))
-        for old in superfluous(list_checkpoints(directory), keep_last, keep_best):
-            shutil.rmtree(old)
-    actor.ranks.barrier()
-    return final
+        states: of the end of that step, where the next one has begun since. OSError if it cannot be written; the
+        checkpoints before are then still there.
+        """
+        final = self.directory / f"step_{step}"
+        with writing(final):
+            self._write(step, final, self.states() if states is None else states)
+        self.last = final
+        return final
+
+    def _write(self, step: int, final: Path, states: Mapping[str, State]) -> None:
+        temporary = final.with_name(final.name + ".tmp")
+        actor, critic = self.learner.actor, self.learner.critic
+        first = self.learner.ranks.first
+        raw = full_weights(actor, actor.module.policy, keep=first)
+        tensors = self._tensors(actor, critic, raw)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                policy = dict(MergedWeights(actor.module.policy, raw))
+                actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
+                self.tokenizer.save_pretrained(temporary / "actor")
+                for name, found in tensors.items():
+                    _save(found, temporary / f"{name}.safetensors")
+                torch.save(_random_states(), temporary / "rng.pt")
+            except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+                raise OSError(f"the checkpoint {final} could not be written: {error}") from error
+            finish_checkpoint(temporary, final, {"step": step, "states": states})
+            for old in superfluous(list_checkpoints(self.directory), self.keep_last, self.keep_best):
+                shutil.rmtree(old)
+        self.learner.ranks.barrier()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint; the weights themselves were read when the models were built."""
+        states = read_state(checkpoint)["states"]
+        for name, part in self.registered.items():
+            part.restore(states[name])
+        for engine in (self.learner.actor, self.learner.critic):
+            if engine is not None and engine.updates:
+                path = checkpoint / f"{engine.name}_optimizer.safetensors"
+                _load_optimizer(engine, load_file(path), path)
+        if self.learner.publisher:
+            self.learner.publisher.restore(load_file(checkpoint / "history.safetensors"))
+        _restore_random_states(checkpoint / "rng.pt")
+
+    def _tensors(
+        self, actor: TrainEngine, critic: TrainEngine | None, policy: Mapping[str, Tensor]
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Return tensors by file; collective, and whole on the first rank only."""
+        first, publisher = self.learner.ranks.first, self.learner.publisher
+        files: dict[str, Mapping[str, Tensor]] = {}
+        if has_lora(actor.module) and first:
+            files["adapters"] = trained(actor.module.policy, policy)
+        values = value_weights(actor, critic)
+        if values:
+            files["critic"] = values
+        for engine in (actor, critic):
+            if engine is not None:
+                files[f"{engine.name}_optimizer"] = engine.states.read(keep=first) if engine.updates else {}
+        return files | {"history": publisher.tensors() if publisher else {}}
 
 
 def value_weights(actor: TrainEngine, critic: TrainEngine | None) -> dict[str, Tensor]:
-    """The critic's weights: of its own model, or of the value head on the policy's trunk; {} without a critic."""
+    """Return the weights of the critic, or of the value head on the policy's trunk; {} without either."""
     if critic:
         weights = full_weights(critic, critic.module.critic, keep=critic.ranks.first)
         return trained(critic.module.critic, weights) if has_lora(critic.module) else weights
     head = actor.module.value_head
     return full_weights(actor, head, keep=actor.ranks.first) if head else {}
-
-
-def load_progress(checkpoint: Path) -> Progress:
-    """The counters of a checkpoint."""
-    return Progress(**read_state(checkpoint)["progress"])
-
-
-def load_states(
-    checkpoint: Path, progress: Progress, *, actor: TrainEngine, critic: TrainEngine | None, sync: WeightSync
-) -> None:
-    """Optimizers, counters, old weights and random states; the weights themselves were read when the models
-    were built."""
-    for engine, updates in ((actor, progress.actor_updates), (critic, progress.critic_updates)):
-        if engine is None:
-            continue
-        path = checkpoint / f"{engine.name}_optimizer.safetensors"
-        engine.updates = updates
-        if updates:
-            _load_optimizer(engine, load_file(path), path)
-    snapshots: dict[int, dict[str, Tensor]] = {}
-    expected: dict[int, list[tuple[int, Tensor]]] = {}
-    for key, tensor in load_file(checkpoint / "history.safetensors").items():
-        version, _, name = key.partition("/")
-        if name.startswith("probe/"):
-            expected.setdefault(int(version), []).append((int(name.removeprefix("probe/")), tensor))
-        else:
-            snapshots.setdefault(int(version), {})[name] = tensor
-    sync.restore(
-        {version: snapshots[version] for version in sorted(snapshots)},
-        {version: [t for _, t in sorted(pairs, key=lambda p: p[0])] for version, pairs in expected.items()},
-    )
-    states = torch.load(checkpoint / "rng.pt", weights_only=True)
-    torch.set_rng_state(states["torch"])
-    random.setstate(_tuple(states["python"]))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _history(sync: WeightSync | NoSync) -> dict[str, Tensor]:
-    snapshots, expected = sync.state()
-    tensors = {f"{version}/{name}": t for version, weights in snapshots.items() for name, t in weights.items()}
-    return tensors | {f"{version}/probe/{i}": t for version, probes in expected.items() for i, t in enumerate(probes)}
 
 
 def _load_optimizer(engine: TrainEngine, states: dict[str, Tensor], path: Path) -> None:
@@ -158,7 +163,7 @@ def _load_optimizer(engine: TrainEngine, states: dict[str, Tensor], path: Path) 
 
 
 def _zero_loss(engine: TrainEngine) -> Tensor:
-    """0, with a gradient of 0 for every parameter."""
+    """Return 0, with a gradient of 0 for every parameter."""
     ids = torch.zeros((1, 1), dtype=torch.int64, device=engine.ranks.device)
     none = torch.empty(0, dtype=torch.int64, device=engine.ranks.device)
     x = ModelInput(ids, none, none, none, positions=None, lengths=(1,))
@@ -166,7 +171,7 @@ def _zero_loss(engine: TrainEngine) -> Tensor:
     return sum(output.sum() for output in outputs if output is not None) * 0
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -178,6 +183,16 @@ def _random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.copy()), *rest),
     }
+
+
+def _restore_random_states(path: Path) -> None:
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    random.setstate(_tuple(states["python"]))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _tuple(value: Any) -> Any:

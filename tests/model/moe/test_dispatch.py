@@ -1,9 +1,11 @@
 """The experts of stock models: which implementation runs, and that it computes what transformers' loop does."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
@@ -15,9 +17,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mispo.build.models import build_rollout_engine, summary
+from mispo.build.models import Policy, build_models, build_modules
+from mispo.build.setup import Setup
 from mispo.config.schema import MispoConfig, RolloutConfig
-from mispo.trainer.batch import Layout
+from mispo.system.rundir import RunDir
 from mispo.trainer.ranks import Ranks
 from model.build import build_policy
 from model.moe.dispatch import GROUPED, experts_in_use, use_grouped_experts
@@ -83,9 +86,11 @@ def test_the_rollout_copy_computes_as_the_trainer_does_and_a_checkpoint_says_not
 ) -> None:
     policy, tokenizer = build_policy(None, str(checkpoint))
     config = MispoConfig(rollout=RolloutConfig(dtype="bf16", slots=2))
-    engine = build_rollout_engine(policy, tokenizer, config, Ranks(0, 1, torch.device("cpu")))
-    assert experts_in_use(engine.model) == GROUPED
-    about = summary(policy, config, Ranks(0, 1, torch.device("cpu")), torch.float32, Layout(4096, packed=False))
+    setup = Setup(config, RunDir(tmp_path), None, cast(Accelerator, None), Ranks(0, 1, torch.device("cpu")), None)
+    models = build_models(setup, Policy(policy, tokenizer), samples=True)
+    assert models.engine is not None
+    assert experts_in_use(models.engine.model) == GROUPED
+    about = build_modules(setup, models, packed=False).about
     assert "2 MoE layers (experts: grouped), 1 × cpu" in about
     policy.save_pretrained(tmp_path / "again")
     assert "experts_implementation" not in (tmp_path / "again/config.json").read_text()

@@ -1,0 +1,51 @@
+"""What a run writes and shows: journal, and when things are due."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mispo.build.setup import Setup
+from mispo.config.schema import MispoConfig
+from mispo.monitor.alarms import Alarms
+from mispo.monitor.journal import Journal, JournalSettings
+from mispo.monitor.tracking import Tracker
+from mispo.system.schedule import Schedule
+from mispo.trainer.checkpoint.files import read_state
+
+
+def build_journal(setup: Setup, *, tracked: bool) -> Journal:
+    """Open the journal. tracked: write metrics."""
+    config = setup.config
+    settings = JournalSettings(
+        steps=config.trainer.steps,
+        pretrain_steps=config.critic.pretrain_steps,
+        rollouts_every=config.tracking.rollouts_every,
+        lag=config.rollout.staleness,
+    )
+    tracker = _tracker(setup) if tracked and setup.ranks.first else None
+    return Journal(setup.directory, settings, tracker=tracker, printer=setup.printer, alarms=Alarms(config))
+
+
+def _tracker(setup: Setup) -> Tracker:
+    state: dict[str, Any] = read_state(setup.checkpoint) if setup.checkpoint else {}
+    return Tracker(
+        setup.directory.root,
+        settings=setup.config.tracking,
+        config=asdict(setup.config),
+        resume_step=state.get("step"),
+        wandb_id=state["states"]["journal"]["wandb_id"] if state else None,
+    )
+
+
+def build_schedule(config: MispoConfig, checkpoint: Path | None) -> Schedule:
+    """Decide when what is due."""
+    return Schedule(
+        start=read_state(checkpoint)["step"] if checkpoint else None,
+        steps=config.trainer.steps,
+        pretrain_steps=config.critic.pretrain_steps,
+        evaluate_every=config.eval.every,
+        save_every=config.checkpoint.every,
+        attribute_every=config.router.attribute_every,
+    )
