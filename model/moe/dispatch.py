@@ -1,4 +1,4 @@
-"""Which code multiplies a model's tokens with its experts: chosen once, the same in trainer, rollouts and critic."""
+"""Choose the code that multiplies tokens with experts, the same in trainer, rollouts and critic."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ALL_EXPERTS_FUNCTIONS.register(GROUPED, grouped_forward)
 
 
 def use_grouped_experts(model: PreTrainedModel) -> None:
-    """Let the experts of a stock model run through `grouped_forward` where it computes what they do.
+    """Run the experts of a stock model through `grouped_forward`, where it computes the same.
 
-    Else transformers' own choice stays: grouped_mm where the model takes part in its choice, eager where it does not.
-    grouped_mm equals ours but under autocast, where it computes in the precision of the parameters: float32 in the
-    trainer, slowly, and not as the rollout copy in bf16 does.
+    Otherwise transformers' own choice stays: grouped_mm, or eager for models that offer no choice. grouped_mm equals
+    ours except under autocast, where it computes in the precision of the parameters: float32 in the trainer, which is
+    slow and differs from the rollout copy in bf16.
     """
     experts = _switchable(model)
     if experts and all(_is_plain(module) for module in experts):
@@ -26,7 +26,7 @@ def use_grouped_experts(model: PreTrainedModel) -> None:
 
 
 def experts_in_use(model: PreTrainedModel) -> str | None:
-    """The implementation's name; eager = transformers' loop over the experts; None without stacked experts."""
+    """Name the implementation; eager = transformers' loop over the experts; None without stacked experts."""
     experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
     if not experts:
         return None
@@ -36,10 +36,10 @@ def experts_in_use(model: PreTrainedModel) -> str | None:
 
 
 def _switchable(model: PreTrainedModel) -> list[nn.Module]:
-    """Experts that transformers' decorator has marked: they look their implementation up at each forward."""
+    """List experts with transformers' decorator, which look their implementation up at each forward."""
     return [module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "has_gate")]
 
 
 def _is_plain(experts: nn.Module) -> bool:
     odd = experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False)
-    return experts.has_gate and not odd
+    return bool(experts.has_gate) and not odd

@@ -1,45 +1,29 @@
-"""Watch the routers of any Hugging Face MoE and keep them in float32.
-
-Routers are found through the model's own `_can_record_outputs["router_logits"]` entry; they return
-(logits, weights, indices).
-"""
+"""Record what the routers of any Hugging Face MoE select, and keep them in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import OutputRecorder
 
-from model.moe.router_form import RouterForm, recognise
-
-BIAS = "e_score_correction_bias"
-"""What transformers calls the bias of a router that decides which experts are selected, not their weights."""
-
-
-@dataclass(frozen=True)
-class Router:
-    """One MoE layer's router: its name in the model and its module."""
-
-    name: str
-    module: nn.Module
+from model.moe.families import Router, family_of, router_classes
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What L routers did with a number of tokens.
+    """Hold what L routers did with a number of tokens.
 
     confidence: [L, tokens] float32, probability mass of the activated experts, in [0, 1] (report §5.2.3): their scores
         over those of all experts, before any bias; of a softmax router the sum of their probabilities.
-    experts: [L, tokens, k], the activated ones, and own: those that the router chose; the same but for replayed tokens.
-        In the smallest integer type.
-    margin: [L, tokens] float32 ≥ 0, by how much the k-th expert's score, with the bias that the selection looks at, is
-        above that of the next one; None if not asked for.
+    experts: [L, tokens, k], the activated ones, in the smallest integer type.
+    own: [L, tokens, k], those that the router chose; differs from experts at replayed tokens only.
+    margin: [L, tokens] float32 ≥ 0, by how much the k-th expert's score, with the bias of the selection, is above that
+        of the next one; None if it was not requested.
     """
 
     confidence: Tensor
@@ -48,48 +32,50 @@ class Routing:
     margin: Tensor | None
 
     def at(self, tokens: Tensor) -> Routing:
-        """At these tokens, in this order; on the CPU."""
-        return Routing(**{n: None if x is None else x[:, tokens.to(x.device)].cpu() for n, x in vars(self).items()})
+        """Select these tokens, in this order, on the CPU."""
+
+        def picked(x: Tensor) -> Tensor:
+            return x[:, tokens.to(x.device)].cpu()
+
+        margin = None if self.margin is None else picked(self.margin)
+        return Routing(picked(self.confidence), picked(self.experts), picked(self.own), margin)
 
     @staticmethod
     def concatenated(parts: Sequence[Routing]) -> Routing:
-        """The tokens of one after those of the other."""
-        names = vars(parts[0])
+        """Join along the tokens. All parts have margins, or none has."""
+        margins = [part.margin for part in parts if part.margin is not None]
         return Routing(
-            **{n: None if names[n] is None else torch.cat([vars(p)[n] for p in parts], dim=1) for n in names}
+            confidence=torch.cat([part.confidence for part in parts], dim=1),
+            experts=torch.cat([part.experts for part in parts], dim=1),
+            own=torch.cat([part.own for part in parts], dim=1),
+            margin=torch.cat(margins, dim=1) if margins else None,
         )
 
 
 def find_routers(model: nn.Module) -> list[Router]:
-    """The routers in layer order; [] for a dense model."""
-    targets: set[type] = set()
-    for module in model.modules():
-        entry = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        if isinstance(entry, OutputRecorder):
-            targets.add(entry.target_class)
-    return [Router(name, module) for name, module in model.named_modules() if isinstance(module, tuple(targets))]
+    """List the routers in layer order; [] for a dense model."""
+    classes = router_classes(model)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, classes)]
+    return [
+        Router(name, module, model.get_submodule(name.rpartition(".")[0]), family_of(module)) for name, module in found
+    ]
 
 
 class RoutingRecorder:
-    """Context manager: hooks every router and remembers what each forward selected.
+    """Context manager that hooks every router and keeps what each forward selected.
 
-    Meant to be cheap in a decoding loop: the hook keeps references, `take` does the arithmetic. It comes before a
-    `RouterReplay`, whose experts `take` has to be told.
+    It is cheap in a decoding loop: the hook keeps references, `take` does the arithmetic. Its hooks run before those of
+    a `RouterReplay`, so `take` needs the replayed experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.routers = find_routers(model)
         self._records: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.routers]
-        self._forms: dict[int, RouterForm] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> RoutingRecorder:
         for layer, router in enumerate(self.routers):
-
-            def hook(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                logits, weights, indices = output
-                self._records[layer].append((logits.detach(), weights.detach(), indices.detach()))
-
+            hook = partial(_record, router, self._records[layer])
             self._handles.append(router.module.register_forward_hook(hook, prepend=True))
         return self
 
@@ -102,9 +88,10 @@ class RoutingRecorder:
 
     @torch.no_grad()
     def take(self, *, margin: bool = False, replayed: tuple[Tensor, Tensor] | None = None) -> Routing | None:
-        """Everything since the last call, forwards in order; None if there is nothing (a dense model).
+        """Return everything since the last call, forwards in order; None if there is nothing (a dense model).
 
-        replayed: (experts [L, tokens, k], known [tokens]), as `RouterReplay.set` was given them.
+        margin: compute the margins too. replayed: the arguments (experts [L, tokens, k], known [tokens]) of
+        `RouterReplay.set`.
         """
         if not any(self._records):
             return None
@@ -112,9 +99,7 @@ class RoutingRecorder:
         for layer, (router, records) in enumerate(zip(self.routers, self._records, strict=True)):
             logits, weights, own = (_joined([record[i] for record in records]) for i in range(3))
             records.clear()
-            if layer not in self._forms:
-                self._forms[layer] = recognise(logits, weights, own, router.name)
-            scores = self._forms[layer].scores(logits)
+            scores = router.form(logits, weights, own).scores(logits)
             experts = own
             if replayed is not None:
                 experts = torch.where(replayed[1].to(own.device)[:, None], replayed[0][layer].to(own), own)
@@ -122,7 +107,7 @@ class RoutingRecorder:
             activated.append(experts)
             chosen.append(own)
             if margin:
-                margins.append(_margin(scores + getattr(router.module, BIAS, 0.0), own.shape[-1]))
+                margins.append(_margin(scores if router.bias is None else scores + router.bias, own.shape[-1]))
         small = smallest_integer(scores.shape[-1])
         own = torch.stack(chosen).to(small)
         return Routing(
@@ -133,13 +118,20 @@ class RoutingRecorder:
         )
 
 
+def _record(
+    router: Router, records: list[tuple[Tensor, Tensor, Tensor]], module: nn.Module, args: object, output: Any
+) -> None:
+    logits, weights, experts = router.read(output)
+    records.append((logits.detach(), weights.detach(), experts.detach()))
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Forwards one after the other, [tokens, …]; a single one is not copied."""
+    """Join forwards along the tokens, [tokens, …]; a single one is not copied."""
     return parts[0].flatten(0, -2) if len(parts) == 1 else torch.cat([part.flatten(0, -2) for part in parts])
 
 
 def _margin(scores: Tensor, k: int) -> Tensor:
-    """[tokens]: gap between the k-th and the next of scores [tokens, E]; NaN where every expert is active."""
+    """Return the gap [tokens] between the k-th and the next of scores [tokens, E]; NaN where every expert is active."""
     if k == scores.shape[-1]:
         return scores.new_full(scores.shape[:1], float("nan"))
     best = scores.topk(k + 1, dim=-1).values
@@ -147,12 +139,12 @@ def _margin(scores: Tensor, k: int) -> Tensor:
 
 
 def confidence_of(scores: Tensor, experts: Tensor) -> Tensor:
-    """Probability mass of the activated experts [tokens], from the scores [tokens, E] of all."""
+    """Return the probability mass [tokens] of the activated experts, from the scores [tokens, E] of all."""
     return scores.gather(1, experts.long()).sum(1) / scores.sum(1)
 
 
 def keep_router_fp32(model: nn.Module) -> None:
-    """Routers get float32 parameters and a forward that autocast does not touch; call after `.to(bfloat16)`."""
+    """Give routers float32 parameters and a forward that autocast does not touch; call it after `.to(bfloat16)`."""
     for router in find_routers(model):
         router.module.float()
         if not isinstance(router.module, _Float32Router):
@@ -165,12 +157,17 @@ class _Float32Router(nn.Module):
             return super().forward(hidden_states.float(), *args, **kwargs)
 
 
-@cache
+_FLOAT32: dict[type[nn.Module], type[nn.Module]] = {}
+"""By class of routers."""
+
+
 def _float32_class(kind: type[nn.Module]) -> type[nn.Module]:
     # A subclass, not a patched method: a deep copy of the model must not call the original's weights.
-    return type(kind.__name__, (_Float32Router, kind), {"__module__": kind.__module__})
+    if kind not in _FLOAT32:
+        _FLOAT32[kind] = type(kind.__name__, (_Float32Router, kind), {"__module__": kind.__module__})
+    return _FLOAT32[kind]
 
 
 def smallest_integer(count: int) -> torch.dtype:
-    """The smallest integer type that holds the ids of so many experts."""
+    """Return the smallest integer type that holds the ids of `count` experts."""
     return torch.uint8 if count <= 256 else torch.int16

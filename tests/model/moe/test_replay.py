@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.moe.replay import RouterReplay, laid_out
 from model.moe.routers import RoutingRecorder, find_routers
-from support.moes import FAMILIES, SMALL, model_of
+from support.moes import FAMILIES, SIGMOID, SMALL, model_of
 
 IDS = torch.randint(5, 45, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -17,7 +17,7 @@ def other_experts(model: nn.Module) -> Tensor:
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         model(input_ids=IDS)
         experts = recorder.take().experts
-    return (experts + 1) % find_routers(model)[0].module.weight.shape[0]
+    return (experts + 1) % find_routers(model)[0].experts
 
 
 @pytest.mark.parametrize(("family", "layers"), FAMILIES)
@@ -43,10 +43,9 @@ def test_replayed_experts_are_activated_with_the_weights_that_the_router_would_g
     def weigh(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """The definition, from the configuration: what the recorder and the replay must find out for themselves."""
         logits, config = output[0].float(), model.config
-        sigmoid = family in ("step", "deepseek", "glm")
-        scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+        scores = logits.sigmoid() if family in SIGMOID else logits.softmax(-1)
         chosen = scores.gather(1, experts[len(expected)].long())
-        if sigmoid or family == "mixtral" or config.norm_topk_prob:
+        if family in (*SIGMOID, "mixtral", "ernie") or config.norm_topk_prob:
             chosen = chosen / chosen.sum(-1, keepdim=True)
         expected.append(chosen * (config.routed_scaling_factor if family in ("deepseek", "glm") else 1.0))
 

@@ -1,53 +1,15 @@
-"""Finding routers, recording what they do, confidence against float64 loops, float32 under autocast."""
+"""Finding routers, recording what they do, float32 under autocast."""
 
 import copy
-import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.critic import Critic
-from model.moe.router_form import recognise
-from model.moe.routers import RoutingRecorder, confidence_of, find_routers, keep_router_fp32
-from support.moes import FAMILIES, SMALL, model_of
-
-
-def oracle(logits: list[float], chosen: list[int], kind: str) -> float:
-    """Σ of the chosen experts' scores over Σ of all, in Python floats."""
-    scores = [1 / (1 + math.exp(-x)) if kind == "sigmoid" else math.exp(x) for x in logits]
-    return sum(scores[e] for e in chosen) / sum(scores)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("normalised", [True, False])
-def test_confidence_is_the_probability_mass_of_the_chosen_experts(kind: str, normalised: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(30, 8, generator=generator) * 2
-    scores = logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
-    # The choice may follow another order than the scores (a correction bias): the definition does not care.
-    indices = (scores + torch.rand(30, 8, generator=generator)).topk(3).indices
-    weights = scores.gather(1, indices)
-    if normalised:
-        weights = 2.5 * weights / weights.sum(-1, keepdim=True)
-    expected = [oracle(x, e, kind) for x, e in zip(logits.double().tolist(), indices.tolist(), strict=True)]
-    form = recognise(logits, weights, indices)
-    assert (form.kind, form.normalised) == (kind, normalised)
-    assert form.scale == pytest.approx(2.5 if normalised else 1.0, rel=1e-5)
-    assert torch.allclose(form.weights(logits, indices), weights, atol=1e-6)
-    assert confidence_of(form.scores(logits), indices).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_softmax_router_is_told_from_a_sigmoid_one_at_nearly_flat_logits() -> None:
-    logits = torch.randn(50, 8) * 1e-3
-    weights, indices = logits.softmax(-1).topk(2)
-    assert recognise(logits, weights / weights.sum(-1, keepdim=True), indices).kind == "softmax"
-
-
-def test_a_router_of_another_kind_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"layers\.3: its weights are neither sigmoid nor softmax"):
-        recognise(torch.randn(4, 6), torch.rand(4, 2), torch.tensor([[0, 1]] * 4), "layers.3")
+from model.moe.routers import RoutingRecorder, find_routers, keep_router_fp32
+from support.moes import BIASED, FAMILIES, SIGMOID, SMALL, model_of
 
 
 @pytest.mark.parametrize(("family", "layers"), FAMILIES)
@@ -72,6 +34,24 @@ def test_the_recorder_sees_each_moe_layer_of_stock_models(family: str, layers: i
     with torch.no_grad():
         model(input_ids=ids)
     assert recorder.take() is None  # outside the block nothing is watched
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_the_margin_is_that_of_the_selection_with_its_bias(family: str) -> None:
+    model = model_of(family)
+    logits: list[Tensor] = []
+    for router in find_routers(model):
+        torch.nn.init.normal_(router.bias)
+        router.module.register_forward_hook(lambda m, a, output: logits.append(output[0].float()))
+    with torch.no_grad(), RoutingRecorder(model) as recorder:
+        model(input_ids=torch.randint(5, 45, (2, 9)))
+        seen = recorder.take(margin=True)
+    for router, logits_tE, margin_t in zip(find_routers(model), logits, seen.margin, strict=True):
+        scores = logits_tE.sigmoid() if family in SIGMOID else logits_tE.softmax(-1)
+        best = (scores + router.bias).sort(descending=True).values
+        assert torch.allclose(margin_t, best[:, 1] - best[:, 2], atol=1e-6)
+        free = scores.sort(descending=True).values
+        assert not torch.allclose(margin_t, free[:, 1] - free[:, 2], atol=1e-2)
 
 
 def test_a_dense_model_has_no_routing() -> None:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from model.build import build_policy
 from model.moe.balance import freeze_routers, update_bias
-from model.moe.routers import BIAS, RoutingRecorder, find_routers
+from model.moe.routers import RoutingRecorder, find_routers
 
 IDS = torch.randint(5, 90, (8, 64), generator=torch.Generator().manual_seed(3))
 
@@ -31,7 +31,7 @@ def test_each_expert_moves_by_the_rate_towards_the_mean() -> None:
     load = torch.tensor([[9, 1, 5, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 40], [5] * 8])
     update_bias(model, load, 0.01)
     update_bias(model, load, 0.01)
-    biases = [getattr(router.module, BIAS) for router in find_routers(model)]
+    biases = [router.module.e_score_correction_bias for router in find_routers(model)]
     assert torch.allclose(biases[0], torch.tensor([-0.02, 0.02, 0, 0, 0, 0, 0, 0]))
     assert torch.allclose(biases[1], torch.tensor([0.02] * 7 + [-0.02]))
     assert not biases[2].any()
@@ -63,7 +63,7 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
 def test_it_survives_a_checkpoint_and_gets_no_gradient() -> None:
     model, _ = build_policy("micro", None)
     update_bias(model, torch.arange(24).view(3, 8), 0.01)
-    name = f"{find_routers(model)[0].name}.{BIAS}"
+    name = f"{find_routers(model)[0].name}.e_score_correction_bias"
     assert model.state_dict()[name].any()
     assert name not in dict(model.named_parameters())
 
