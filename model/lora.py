@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -11,19 +12,20 @@ from transformers import PreTrainedModel
 from model.moe.routers import keep_router_fp32
 
 DRAFT_HEADS = r"mtp\..*"
-"""Names that get no adapter: no log-prob depends on these heads."""
+"""Names of layers without adapters: no log-prob depends on these heads."""
 PLACE = ".base_layer."
-"""In the name of a tensor: peft has put an adapter around its layer."""
+"""Part of a tensor's name where peft has put an adapter around its layer."""
 
 
 def add_lora(
     model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], dtype: torch.dtype, seed: int
 ) -> None:
-    """Freeze the model, in `dtype` but for its routers, and put adapters that learn, in float32, on its linear layers.
+    """Freeze the model and put adapters that learn on its linear layers.
 
-    An adapter of a layer W [out, in] computes W·x + (alpha/rank)·B·(A·x), A [rank, in] random, B [out, rank] 0.
+    The model is converted to `dtype`, except its routers; the adapters are in float32. An adapter of a layer
+    W [out, in] computes W·x + (alpha/rank)·B·(A·x), A [rank, in] random, B [out, rank] 0.
     targets: names, or ends of names, of layers; none = all linear layers but the output head. Experts that are one
-    stacked tensor have none. ValueError without peft, or where a target fits nothing.
+    stacked tensor have none. ValueError without peft, or where no layer has one of these names.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -50,13 +52,25 @@ def add_lora(
     model.enable_input_require_grads()
 
 
+def adapter_parameters(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> int:
+    """Count the parameters that `add_lora` would put on a model, which may be on the meta device."""
+    head = model.get_output_embeddings()
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not re.fullmatch(DRAFT_HEADS, name)
+        and (any(f".{name}".endswith(f".{target}") for target in targets) if targets else module is not head)
+    )
+
+
 def trained(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a module's whole tensors by name, those that learn."""
+    """Select, from a module's whole tensors by name, those that learn."""
     return {name: weights[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set what `trained` gave. ValueError for weights of another module."""
+    """Load what `trained` returned. ValueError for weights of another module."""
     own = trained(module, module.state_dict())
     odd = sorted(own.keys() ^ weights.keys())
     if odd:
@@ -66,15 +80,15 @@ def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def has_lora(module: nn.Module) -> bool:
-    """Whether `add_lora` was here."""
+    """Return whether the module has adapters."""
     return any(PLACE in name for name, _ in module.named_parameters())
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """The state_dict of a module without adapters, their products added to the layers, in the layers' precision.
+    """Present a module's state_dict without adapters: their products are added to the layers, in the layers' precision.
 
-    A layer is merged when it is read, so that there is never a second copy of the model. weights: the module's whole
-    tensors by name.
+    A layer is merged when it is read, so a second copy of the model never exists. weights: the module's whole tensors
+    by name.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mispo.config.load import changed_keys
 from mispo.config.objective import objective
@@ -19,166 +17,246 @@ from mispo.config.schema import MispoConfig
 from mispo.monitor.console import make_console
 from mispo.trainer.logprob import CHUNK_BYTES
 from mispo.trainer.policy import compute_dtype
-from model.build import let_drafts_learn
-from model.moe.routers import find_routers, smallest_integer
-from model.presets import preset_config
-from model.step.step import StepForCausalLM
-from model.tokenizer import character_tokenizer
+from model.build import build_shape, let_drafts_learn
+from model.facts import Facts, facts_of
+from model.lora import adapter_parameters
 
 UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
+@dataclass(frozen=True)
+class Batches:
+    """Count what a step samples and how it is cut.
+
+    minibatches: of each trained model, by its name. longest: tokens of the longest trajectory. microbatch: tokens.
+    """
+
+    prompts: int
+    samples: int
+    minibatches: dict[str, int]
+    longest: int
+    microbatch: int
+    steps: int
+
+    @property
+    def trajectories(self) -> int:
+        """Trajectories of a step, over all ranks."""
+        return self.prompts * self.samples
+
+    @property
+    def actor_updates(self) -> int:
+        """Actor updates of the whole run, at most."""
+        return self.steps * self.minibatches["actor"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Count bytes per rank; 0 for what the run does not have.
+
+    weights, gradients, optimizer: of all trained models together. on_host: what of these lies in the host's memory.
+    rollout_copy, kv_cache: the rollout engine. logits: of one chunk, with softmax and gradient, a rough upper bound of
+    the activations. reference: policy of algorithm.kl. old_weights: kept for rollouts that lag. recorded_experts: of a
+    step's rollouts at most, on the host. attribution: a copy while it is computed.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    on_host: float
+    rollout_copy: int
+    kv_cache: int
+    logits: int
+    reference: int
+    old_weights: int
+    recorded_experts: float
+    attribution: int
+
+    @property
+    def on_device(self) -> float:
+        """Weights, gradients and optimizer states that stay on the device."""
+        return self.weights + self.gradients + self.optimizer - self.on_host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the numbers of a run before it starts.
+
+    facts, memory: None where the model's configuration does not open, for the reason in `problem`.
+    adapters: parameters of the adapters on each model, 0 without.
+    """
+
+    batches: Batches
+    facts: Facts | None = None
+    adapters: int = 0
+    memory: Memory | None = None
+    problem: str = ""
+
+
+def _minibatches(config: MispoConfig) -> dict[str, int]:
+    """Read how many mini-batches each trained model has."""
+    separate = config.algorithm.advantage == "gae" and config.critic.kind == "separate"
+    critic = {"critic": config.trainer.critic_minibatches} if separate else {}
+    return {"actor": config.trainer.actor_minibatches} | critic
+
+
+def _state_bytes(config: MispoConfig, matrices: int, others: int) -> int:
+    """Read the bytes of the optimizer's states: Muon keeps one number for a parameter in a hidden matrix, Adam two."""
+    return (4 if config.trainer.optimizer == "muon" else 8) * matrices + 8 * others
+
+
+def _optimizer_title(config: MispoConfig) -> str:
+    return {"adamw": "Adam", "muon": "Muon"}[config.trainer.optimizer]
+
+
+def _slots(config: MispoConfig) -> int:
+    return config.rollout.slots
+
+
+def _lag(config: MispoConfig) -> int:
+    return config.rollout.staleness
+
+
+def plan_of(config: MispoConfig, ranks: int, device: torch.device) -> Plan:
+    """Do the arithmetic of a run on so many ranks with such a device. ValueError for an unknown preset."""
+    batches = Batches(
+        prompts=config.rollout.prompts_per_step,
+        samples=config.rollout.samples_per_prompt,
+        minibatches=_minibatches(config),
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        microbatch=config.trainer.tokens_per_microbatch,
+        steps=config.trainer.steps,
+    )
+    settings = config.model
+    try:
+        model = build_shape(
+            settings.preset, settings.path, mtp=settings.mtp, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if settings.preset is not None:
+            raise
+        return Plan(batches, problem=str(error).splitlines()[0])
+    let_drafts_learn(model, config.trainer.mtp_weight > 0)
+    facts = facts_of(model)
+    adapters = adapter_parameters(model, settings.lora.rank, settings.lora.targets) if settings.lora.rank else 0
+    return Plan(batches, facts, adapters, _memory(config, batches, facts, adapters, ranks, device))
+
+
+def _memory(
+    config: MispoConfig, batches: Batches, facts: Facts, adapters: int, ranks: int, device: torch.device
+) -> Memory:
+    weights, gradients, optimizer = _states(config, facts, adapters, ranks, device)
+    copies = len(batches.minibatches)
+    hosted = {"none": 0.0, "optimizer": optimizer, "parameters": optimizer + weights}[config.trainer.offload]
+    rollout_item = compute_dtype(config.rollout.dtype, device).itemsize
+    lag = _lag(config)
+    # Attribution must not take rounding for a difference of weights, so it needs the old ones in float32; and it
+    # computes with a copy.
+    attributes = config.router.attribute_every > 0 and lag > 0
+    record = facts.expert_bytes * batches.longest * batches.trajectories if config.router.record else 0
+    return Memory(
+        weights=copies * weights,
+        gradients=copies * gradients,
+        optimizer=copies * optimizer,
+        on_host=copies * hosted,
+        rollout_copy=facts.parameters * rollout_item,
+        kv_cache=facts.kv_bytes(batches.longest, rollout_item) * _slots(config),
+        logits=3 * min(4 * batches.microbatch * facts.vocabulary, CHUNK_BYTES),
+        reference=4 * facts.parameters if config.algorithm.kl else 0,
+        old_weights=(lag + 1) * facts.parameters * (4 if attributes else rollout_item) if lag else 0,
+        recorded_experts=record / ranks,
+        attribution=4 * facts.parameters if attributes else 0,
+    )
+
+
+def _states(
+    config: MispoConfig, facts: Facts, adapters: int, ranks: int, device: torch.device
+) -> tuple[float, float, float]:
+    """Bytes per rank of one model's weights, gradients and optimizer states, as ZeRO divides them."""
+    if config.model.lora.rank:
+        learning, matrices = adapters, adapters
+        frozen = facts.parameters * compute_dtype(config.trainer.dtype, device).itemsize
+    else:
+        learning, matrices = facts.learning, facts.matrices
+        frozen = 4 * (facts.parameters - learning)
+    states = _state_bytes(config, matrices, learning - matrices)
+    weights, gradients, optimizer = (
+        whole / (ranks if config.trainer.zero_stage >= first else 1)
+        for whole, first in ((4 * learning + frozen, 3), (4 * learning, 2), (states, 1))
+    )
+    return weights, gradients, optimizer
+
+
 def print_plan(config: MispoConfig, directory: Path) -> None:
-    """The resolved config, what differs from the defaults, the objective, batch arithmetic, memory plan."""
+    """Print the resolved config, what differs from the defaults, the objective, batch arithmetic and memory plan."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = plan_of(config, int(os.environ.get("WORLD_SIZE", "1")), device)
     console = make_console()
     console.print(OmegaConf.to_yaml(OmegaConf.structured(config)), markup=False, highlight=False)
     _section(console, "Not the default", [(key, str(value)) for key, value in changed_keys(config).items()])
     console.print(f"{objective(config)}\n", highlight=False, markup=False, soft_wrap=True)
-    _section(console, "Batches", batch_arithmetic(config))
-    _section(console, "Memory per rank", memory_plan(config))
+    _section(console, "Batches", batch_rows(plan.batches))
+    _section(console, "Memory per rank", memory_rows(plan, config))
     console.print(f"would write to {directory}", markup=False, highlight=False, soft_wrap=True)
 
 
-def batch_arithmetic(config: MispoConfig) -> list[tuple[str, str]]:
-    """How prompts become trajectories, mini-batches and updates."""
-    rollout, trainer = config.rollout, config.trainer
-    total = rollout.prompts_per_step * rollout.samples_per_prompt
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    rows = [
-        (
-            "trajectories per step",
-            f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt} = {total}",
-        )
-    ]
-    parts_of = {"actor": trainer.actor_minibatches}
-    if config.algorithm.advantage == "gae" and config.critic.kind == "separate":
-        parts_of["critic"] = trainer.critic_minibatches
-    for name, parts in parts_of.items():
+def batch_rows(batches: Batches) -> list[tuple[str, str]]:
+    """Word how prompts become trajectories, mini-batches and updates."""
+    total = batches.trajectories
+    rows = [("trajectories per step", f"{batches.prompts} prompts × {batches.samples} = {total}")]
+    for name, parts in batches.minibatches.items():
         small, large = total // parts, -(-total // parts)
         each = str(small) if small == large else f"{small} or {large}"
         rows.append((f"{name} mini-batches", f"{parts} of {each} trajectories, each used once"))
-    rows.append(("longest trajectory", f"{longest} tokens"))
-    rows.append(
-        (
-            "micro-batch",
-            f"{trainer.tokens_per_microbatch} tokens ≥ {trainer.tokens_per_microbatch // longest} of those",
-        )
-    )
-    rows.append(("steps", f"{trainer.steps} = {trainer.steps * trainer.actor_minibatches} actor updates at most"))
-    return rows
-
-
-def memory_plan(config: MispoConfig) -> list[tuple[str, str]]:
-    """Bytes per rank: states exactly, activations as a rough upper bound of the logits alone."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        shape = _shape(config)
-    except (OSError, ValueError) as error:
-        if config.model.preset is not None:
-            raise
-        return [("unknown", f"the model's configuration does not open: {str(error).splitlines()[0]}")]
-    with torch.device("meta"):
-        model = StepForCausalLM(shape) if config.model.preset else AutoModelForCausalLM.from_config(shape)
-    let_drafts_learn(model, config.trainer.mtp_weight > 0)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    stage, rank = config.trainer.zero_stage, config.model.lora.rank
-    learning, states = _learning(model, config)
-    frozen = count * compute_dtype(config.trainer.dtype, device).itemsize if rank else 4 * (count - learning)
-    weights, grads, optimizer = (
-        bytes_ / (ranks if stage >= first else 1)
-        for bytes_, first in ((4 * learning + frozen, 3), (4 * learning, 2), (states, 1))
-    )
-    rollout_bytes = compute_dtype(config.rollout.dtype, device).itemsize
-    # Attribution takes the difference of weights for what it is, not for rounding; and computes with a copy.
-    attributes = config.router.attribute_every > 0 and config.rollout.staleness > 0
-    kept_bytes = 4 if attributes else rollout_bytes
-    text = shape.get_text_config()
-    tokens = config.trainer.tokens_per_microbatch
-    separate = config.algorithm.advantage == "gae" and config.critic.kind == "separate"
-    trained = ["actor", "critic"] if separate else ["actor"]
-    hosted = {"none": 0.0, "optimizer": optimizer, "parameters": optimizer + weights}[config.trainer.offload]
-    on_device = len(trained) * (weights + grads + optimizer - hosted)
-    named = {"adamw": "Adam", "muon": "Muon"}[config.trainer.optimizer]
-    parts = f"fp32 weights, gradients, {named}" if not rank else f"frozen weights; adapters, gradients, {named}"
-    reference = [("reference policy", f"{size(4 * count)} (algorithm.kl, a whole copy)")] if config.algorithm.kl else []
-    routers = find_routers(model)
-    recorded = []
-    if routers and config.router.record:
-        item = smallest_integer(routers[0].module.weight.shape[0]).itemsize
-        each = len(routers) * text.num_experts_per_tok * item
-        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-        most = each * longest * config.rollout.prompts_per_step * config.rollout.samples_per_prompt / ranks
-        recorded = [
-            ("experts of the rollout", f"{each} bytes a token, at most {size(most)} on the host (router.record)")
-        ]
+    fitting = batches.microbatch // batches.longest
     return [
-        ("parameters", f"{number(count)}{', and about as many again for the critic' if separate else ''}"),
-        *([("adapters", f"{learning / 1e6:.2f} M parameters per model (model.lora.rank {rank})")] if rank else []),
-        (" + ".join(trained), f"{size(on_device)} ({parts})"),
-        *([("on the host", f"{size(len(trained) * hosted)} (trainer.offload)")] if hosted else []),
-        *reference,
-        ("rollout copy", f"{size(count * rollout_bytes)}"),
-        ("rollout KV cache", f"{size(_cache_bytes(config, text, rollout_bytes))} for {config.rollout.slots} slots"),
-        *recorded,
-        *([("attribution", f"{size(4 * count)} (router.attribute_every, a copy for the while)")] if attributes else []),
-        ("logits", f"{size(3 * min(tokens * text.vocab_size * 4, CHUNK_BYTES))} (of one chunk, softmax and gradient)"),
-        ("old weights", f"{size((config.rollout.staleness + 1) * count * kept_bytes)} (rollout.staleness)")
-        if config.rollout.staleness
-        else ("old weights", "none"),
-    ]  # fmt: skip
+        *rows,
+        ("longest trajectory", f"{batches.longest} tokens"),
+        ("micro-batch", f"{batches.microbatch} tokens ≥ {fitting} of those"),
+        ("steps", f"{batches.steps} = {batches.actor_updates} actor updates at most"),
+    ]
 
 
-def _learning(model: PreTrainedModel, config: MispoConfig) -> tuple[int, int]:
-    """Parameters that learn, and bytes of their optimizer's states."""
-    lora = config.model.lora
-    if lora.rank:
-        layers = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and module.weight.requires_grad
-            and (any(name.endswith(target) for target in lora.targets) if lora.targets else name != "lm_head")
-        ]
-        count = sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
-        return count, count * (4 if config.trainer.optimizer == "muon" else 8)
-    ends = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    learning = [p for p in model.parameters() if p.requires_grad]
-    hidden = sum(p.numel() for p in learning if p.ndim >= 2 and id(p) not in ends)
-    count = sum(p.numel() for p in learning)
-    return count, 8 * count - (4 * hidden if config.trainer.optimizer == "muon" else 0)
+def memory_rows(plan: Plan, config: MispoConfig) -> list[tuple[str, str]]:
+    """Word the bytes per rank. config: of the plan, for the names of its settings."""
+    facts, memory, trained = plan.facts, plan.memory, list(plan.batches.minibatches)
+    if facts is None or memory is None:
+        return [("unknown", f"the model's configuration does not open: {plan.problem}")]
+    rank, title = config.model.lora.rank, _optimizer_title(config)
+    again = ", and about as many again for the critic" if "critic" in trained else ""
+    parts = f"frozen weights; adapters, gradients, {title}" if rank else f"fp32 weights, gradients, {title}"
+    rows = [
+        ("parameters", f"{number(facts.parameters)}{again}"),
+        ("adapters", rank and f"{plan.adapters / 1e6:.2f} M parameters per model (model.lora.rank {rank})"),
+        (" + ".join(trained), f"{size(memory.on_device)} ({parts})"),
+        ("on the host", memory.on_host and f"{size(memory.on_host)} (trainer.offload)"),
+        ("reference policy", memory.reference and f"{size(memory.reference)} (algorithm.kl, a whole copy)"),
+        ("rollout copy", size(memory.rollout_copy)),
+        ("rollout KV cache", f"{size(memory.kv_cache)} for {_slots(config)} slots"),
+        (
+            "experts of the rollout",
+            memory.recorded_experts
+            and f"{facts.expert_bytes} bytes a token, at most {size(memory.recorded_experts)} on the host "
+            "(router.record)",
+        ),
+        (
+            "attribution",
+            memory.attribution and f"{size(memory.attribution)} (router.attribute_every, a copy for the while)",
+        ),
+        ("logits", f"{size(memory.logits)} (of one chunk, softmax and gradient)"),
+        ("old weights", f"{size(memory.old_weights)} (rollout.staleness)" if memory.old_weights else "none"),
+    ]
+    return [(name, str(words)) for name, words in rows if words]
 
 
 def number(count: int) -> str:
-    """Parameters for people: 1.73 M, 197 B."""
+    """Word a number of parameters: 1.73 M, 197 B."""
     return f"{count / 1e9:.4g} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.50 GiB, 12.0 MiB."""
+    """Word a number of bytes: 1.50 GiB, 12.0 MiB."""
     unit, name = next((pair for pair in UNITS if count >= pair[0]), UNITS[-1])
     return f"{count / unit:.3g} {name}"
-
-
-def _shape(config: MispoConfig) -> PreTrainedConfig:
-    if config.model.preset is None:
-        return AutoConfig.from_pretrained(str(config.model.path), trust_remote_code=config.model.trust_remote_code)
-    tokenizer = character_tokenizer()
-    return preset_config(
-        config.model.preset,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        mtp=config.model.mtp,
-    )
-
-
-def _cache_bytes(config: MispoConfig, shape: Any, item: int) -> float:
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    kinds = getattr(shape, "layer_types", None) or ["full_attention"] * shape.num_hidden_layers
-    cells = sum(min(longest, shape.sliding_window) if kind == "sliding_attention" else longest for kind in kinds)
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return 2.0 * cells * shape.num_key_value_heads * head * item * config.rollout.slots
 
 
 def _section(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.ranks import Ranks
-from model.critic import ValueHead
+from model.facts import hidden_matrices
 
 BETAS = (0.9, 0.95)
 
@@ -62,9 +61,9 @@ def _muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     """
     shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
-    ends = {id(parameter) for parameter in _ends(module)}
+    hidden = {id(parameter) for parameter in hidden_matrices(module)}
     for parameter in _trained(module).values():
-        parameter.use_muon = parameter.ndim in (2, 3) and id(parameter) not in ends
+        parameter.use_muon = id(parameter) in hidden
         parameter.is_expert_group = parameter.ndim == 3
         if parameter.use_muon:
             shapes.setdefault((parameter.shape[-2], parameter.shape[-1]), []).append(parameter)
@@ -92,18 +91,6 @@ def _muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _ends(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Where tokens come in and go out."""
-    for part in module.modules():
-        if isinstance(part, nn.Embedding):
-            yield part.weight
-        head = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
-        if head is not None:
-            yield head.weight
-        if isinstance(part, ValueHead):
-            yield part.weight
 
 
 class OptimizerStates:

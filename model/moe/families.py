@@ -95,10 +95,21 @@ class Router:
     @property
     def bias(self) -> Tensor | None:
         """Bias of the selection, a view [E] of the model's own tensor; None for a router without one."""
-        holder: Any = self.block if self.family.in_block else self.module
+        held = self._bias()
+        return None if held is None else held.detach().view(-1)
+
+    def to_float32(self) -> None:
+        """Convert its parameters and buffers, and the bias of its selection, in place."""
+        self.module.float()
+        held = self._bias()
+        if held is not None:
+            held.data = held.data.float()
+
+    def _bias(self) -> Tensor | None:
+        held: Any = self.block if self.family.in_block else self.module
         for part in self.family.bias.split("."):
-            holder = getattr(holder, part, None)
-        return holder.detach().view(-1) if isinstance(holder, Tensor) else None
+            held = getattr(held, part, None)
+        return held if isinstance(held, Tensor) else None
 
     def read(self, output: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits [tokens, E], weights and experts [tokens, k] from what the module returned."""

@@ -146,7 +146,7 @@ def confidence_of(scores: Tensor, experts: Tensor) -> Tensor:
 def keep_router_fp32(model: nn.Module) -> None:
     """Give routers float32 parameters and a forward that autocast does not touch; call it after `.to(bfloat16)`."""
     for router in find_routers(model):
-        router.module.float()
+        router.to_float32()
         if not isinstance(router.module, _Float32Router):
             router.module.__class__ = _float32_class(type(router.module))
 

@@ -15,26 +15,25 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from model.facts import windows_of
+
 ROUND = 16
 """Cells by which reads and buffers grow, so that shapes change rarely."""
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Sliding window of each decoder layer, None where attention is full.
+    """Read the sliding window of each decoder layer, None where attention is full.
 
     ValueError for layers that are neither (linear, chunked, …): those need another cache.
     """
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is None:
-        return [window] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ()
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ValueError(
             f"model: layers of kind {', '.join(unknown)} are not supported by the native rollout engine; "
             "it knows full_attention and sliding_attention"
         )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return list(windows_of(config))
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -73,7 +73,7 @@ def router_outputs(model: nn.Module, body: object) -> list[torch.dtype]:
     return dtypes
 
 
-@pytest.mark.parametrize("family", ["step", "qwen"])
+@pytest.mark.parametrize("family", ["step", "qwen", "ernie", "minimax"])
 def test_routers_stay_float32_under_autocast_and_after_conversion(family: str) -> None:
     model = model_of(family)
     ids = torch.randint(5, 45, (2, 9))
@@ -91,6 +91,7 @@ def test_routers_stay_float32_under_autocast_and_after_conversion(family: str) -
     model.bfloat16()
     keep_router_fp32(model)
     assert set(router_outputs(model, lambda: model(input_ids=ids))) == {torch.float32}
+    assert all(router.bias is None or router.bias.dtype == torch.float32 for router in find_routers(model))
 
 
 def test_a_copy_of_a_model_routes_with_its_own_weights() -> None:
