@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.build import build_policy
-from model.lora import MergedWeights, add_lora, has_lora, load_trained, trained
+from model.build import build_policy, build_shape
+from model.lora import MergedWeights, adapter_parameters, add_lora, has_lora, load_trained, trained
 from model.moe.routers import find_routers
 
 IDS = torch.arange(7, 27)[None]
@@ -62,6 +62,15 @@ def test_chosen_targets_and_a_typo() -> None:
     assert names == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match=r"model\.lora\.targets: .*q_prj"):
         adapted(targets=("q_prj",))
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("self_attn.q_proj",), ("lm_head",)])
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_adapters_are_counted_before_they_are_there(targets: tuple[str, ...], mtp: int) -> None:
+    policy, _ = build_policy("micro", None, mtp=mtp)
+    counted = adapter_parameters(build_shape("micro", None, mtp=mtp), 4, targets)
+    add_lora(policy, 4, 8.0, targets, torch.float32, seed=1)
+    assert counted == sum(p.numel() for p in policy.parameters() if p.requires_grad) > 0
 
 
 def test_adapters_of_other_layers_are_refused() -> None:
