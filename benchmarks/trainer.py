@@ -82,7 +82,7 @@ def main() -> None:
         sys.stdout.flush()
     body = (
         "Generated tokens of a step ÷ seconds of scoring (old log-probs) and actor updates; no rollouts, no critic. "
-        "FLOPs are the model's (mispo/monitor/flops.py), no padding and no recomputation counted. A vocabulary of "
+        "FLOPs are the model's (model/facts.py), no padding and no recomputation counted. A vocabulary of "
         "128,896 is measured by logprob.py.\n\n" + "\n\n".join(sections)
     )
     threads = int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())

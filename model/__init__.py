@@ -1,4 +1,4 @@
-"""Models: the Step MoE on transformers' own layers, the critic, the router recorder, presets, tokenizer.
+"""Models: Step on transformers' layers, critic, adapters, routers of any MoE, presets, tokenizer.
 
 Importing this package teaches transformers' auto classes to open Step checkpoints without remote code.
 """

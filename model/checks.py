@@ -1,4 +1,4 @@
-"""A checkpoint must hold exactly the tensors of its model; what differs is named in an error."""
+"""Check that a checkpoint holds exactly the tensors of its model, and name what differs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class OddTensors(ValueError):
-    """A checkpoint does not hold the tensors of its model."""
+    """Say that a checkpoint does not hold the tensors of its model."""
 
 
 def check_step_tensors(directory: Path, config: Step3p7TextConfig) -> None:
-    """OddTensors, with the names in the files, before anything is loaded. Reads the files' headers only.
+    """Check a checkpoint's tensors before loading, by the headers of its files.
 
-    Both layouts are known: the released one, and transformers' own of older checkpoints of ours. Files in other
-    formats than safetensors are left to transformers.
+    The released layout and transformers' own layout (older checkpoints) are known. Files in formats other than
+    safetensors are not checked. OddTensors with the names in the files.
     """
     with torch.device("meta"):
         model = StepForCausalLM(config)
@@ -45,7 +45,7 @@ def check_step_tensors(directory: Path, config: Step3p7TextConfig) -> None:
 
 
 def check_loaded(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """OddTensors for what transformers' `output_loading_info` reports; what the model declares as left out is fine."""
+    """Check transformers' `output_loading_info`. OddTensors for tensors that the model does not declare optional."""
     wrong = [(name, tuple(found), tuple(shape)) for name, found, shape in info["mismatched_keys"]]
     _refuse(path, model, info["missing_keys"], info["unexpected_keys"], wrong)
 
@@ -57,7 +57,7 @@ def _refuse(
     extra: Iterable[str],
     wrong: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]],
 ) -> None:
-    """wrong: (name, shape found, shape needed)."""
+    """Raise OddTensors if there is a problem. wrong: (name, shape found, shape needed)."""
     kind = type(model).__name__
     shapes = [f"{name} is {list(found)} instead of {list(shape)}" for name, found, shape in wrong]
     problems = [
@@ -77,7 +77,7 @@ def _refuse(
 
 
 def _released(shapes: Shapes, layers: int) -> Shapes:
-    """Under released names; a joined tensor becomes its halves."""
+    """Rename to the released names; a joined tensor becomes its halves."""
     renamed: Shapes = {}
     for name, shape in shapes.items():
         if name.endswith(JOINED) and len(shape) == 3:
@@ -87,7 +87,7 @@ def _released(shapes: Shapes, layers: int) -> Shapes:
 
 
 def _shapes(directory: Path) -> Shapes:
-    """Of every tensor in the directory's safetensors files that transformers would load."""
+    """Read the shape of every tensor in the safetensors files that transformers would load."""
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (directory / names[0]).is_file() and index.is_file():

@@ -1,4 +1,4 @@
-"""The critic: a backbone, by default the policy's, copied, with a scalar head."""
+"""The critic: a backbone, by default a copy of the policy's, with a scalar head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 class ValueHead(nn.Linear):
-    """From the last hidden state to V(s). Computes in float32 whatever the backbone's precision.
+    """Map the last hidden state to V(s), in float32 also under a backbone in bf16.
 
     init_std: standard deviation of the weight at the start; the bias starts at 0.
     """
@@ -24,13 +24,13 @@ class ValueHead(nn.Linear):
             self.bias.zero_()
 
     def forward(self, hidden_nH: Tensor) -> Tensor:
-        """[n, H] → [n] float32."""
+        """Map [n, H] to [n] float32."""
         with torch.autocast(hidden_nH.device.type, enabled=False):
             return super().forward(hidden_nH.float()).squeeze(-1)
 
 
 class Critic(nn.Module):
-    """V(s) at any position of a batch (report §5.2.2: separate value model).
+    """Compute V(s) at any position of a batch (report §5.2.2: separate value model).
 
     backbone: decoder without a language-model head. head_init_std: see `ValueHead`.
     """
@@ -42,14 +42,14 @@ class Critic(nn.Module):
 
     @classmethod
     def from_policy(cls, policy: PreTrainedModel, head_init_std: float, seed: int) -> Critic:
-        """A critic whose backbone is an independent copy of the policy's decoder."""
+        """Build a critic whose backbone is an independent copy of the policy's decoder."""
         return cls(copy.deepcopy(policy.get_decoder()), head_init_std, seed)
 
     def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor, positions: Tensor | None = None) -> Tensor:
-        """input_ids [B, S], padded on the right or packed; values at (rows [n], columns [n]) → [n] float32.
+        """Return the values [n] float32 at (rows [n], columns [n]) of input_ids [B, S], padded on the right or packed.
 
-        positions [1, S]: of packed sequences, each from 0. No attention mask: under causal attention nothing real ever
-        sees the padding on its right.
+        positions [1, S]: of packed sequences, each from 0. There is no attention mask: under causal attention no real
+        token sees the padding on its right.
         """
         output = self.backbone(input_ids=input_ids, position_ids=positions, use_cache=False)
         return self.value_head(output.last_hidden_state[rows, columns])

@@ -1,4 +1,4 @@
-"""Built-in shapes of the Step model: Step 3.5 Flash as it was published, and smaller ones of the same architecture."""
+"""Built-in shapes of the Step model: Step 3.5 Flash as published, and smaller ones of the same architecture."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
 VOCABULARY = 128_896
-"""Tokens of the published model."""
+"""Vocabulary of the published model, in tokens."""
 ROUTED_CLIP, SHARED_CLIP = 7.0, 16.0
 """Bounds on the activations of routed and shared experts, on the layers that have them."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What differs between the sizes; the rest follows Step 3.5 Flash (report, section 2, and its released config).
+    """Describe what differs between the sizes; the rest follows Step 3.5 Flash (report §2 and released config).
 
     dense: layers at the beginning without experts. routed_clips, shared_clips: layers whose experts are clipped.
     first_positions: context before it was extended to `positions` (Llama 3's rule, full attention only); None = never.
@@ -58,7 +58,7 @@ PRESETS = {
 def preset_config(
     name: str, *, vocab_size: int = VOCABULARY, pad_token_id: int, eos_token_id: int, mtp: int = 0
 ) -> Step3p7TextConfig:
-    """Configuration of a preset. ValueError for an unknown name, with the nearest one.
+    """Return the configuration of a preset. ValueError for an unknown name, with the nearest one.
 
     Layer 0 attends to everything; then three sliding layers to each full one. Dense layers first, then MoE. mtp: heads
     that draft further tokens; the published model has 3.

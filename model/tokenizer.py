@@ -1,4 +1,4 @@
-"""A character tokenizer that is a normal Hugging Face one: saved, loaded and templated like any other."""
+"""A character tokenizer that is saved, loaded and templated like any Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and per turn marker or think tag.
+    """Build a tokenizer with one token per printable ASCII character, turn marker and think tag.
 
-    The think tags are no special tokens: they survive `decode(skip_special_tokens=True)`, since verifiers
-    read them.
+    Think tags are not special tokens, so that they survive `decode(skip_special_tokens=True)`: verifiers read them.
     """
     characters = ["\n", *(c for c in string.printable if c.isprintable())]
     vocabulary = {t: i for i, t in enumerate([PAD, END, USER, ASSISTANT, UNKNOWN, THINK, END_THINK, *characters])}

@@ -7,11 +7,11 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 
 def grouped_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden_states [n, H], top_k_index [n, k] int, top_k_weights [n, k] → [n, H] in hidden_states' dtype.
+    """Compute the experts' weighted sum [n, H], in the dtype of hidden_states [n, H].
 
-    self: experts as transformers stacks them, gate_up_proj [E, 2·F, H] and down_proj [E, H, F], without biases. No host
-    synchronisation, deterministic on CPU. The products run in the autocast precision where autocast is on, else in that
-    of the parameters.
+    self: experts as transformers stacks them, gate_up_proj [E, 2·F, H] and down_proj [E, H, F], without biases.
+    top_k_index [n, k] int, top_k_weights [n, k]: the experts of each token. No host synchronisation, deterministic on
+    CPU. The products run in the autocast precision if autocast is on, else in that of the parameters.
     """
     n, k = top_k_index.shape
     device = hidden_states.device
@@ -35,6 +35,6 @@ def grouped_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 class GroupedExperts(Step3p7Experts):
-    """transformers' Step experts (same parameters, same result) without its loop over experts."""
+    """Replace the loop of transformers' Step experts; same parameters, same result."""
 
     forward = grouped_forward

@@ -23,11 +23,11 @@ PARTS = {
     ".mlp.experts.down_proj": ".moe.down_proj.weight",
     ".mlp.shared_experts.": ".share_expert.",
 }
-"""Part of a tensor's name: ours → the released one."""
+"""Part of a tensor's name in our layout → in the released one."""
 
 JOINED = ".mlp.experts.gate_up_proj"
 HALVES = (".moe.gate_proj.weight", ".moe.up_proj.weight")
-"""Ours [E, 2F, H] is the released two, [E, F, H] each, along dimension 1."""
+"""Our joined tensor [E, 2F, H] holds the two released ones, [E, F, H] each, along dimension 1."""
 
 MTP_PARTS = {
     "enorm.": "enorm.",
@@ -52,7 +52,7 @@ COMPUTED = {
     "sink": False,
     "att_impl_type": "GQA",
 }
-"""Keys of the released config.json that our model can only do in one way."""
+"""Keys of the released config.json of which our model supports only this value."""
 
 RENAMED = {
     "num_key_value_heads": "num_attention_groups",
@@ -64,7 +64,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def released_names(name: str, layers: int) -> tuple[str, ...]:
-    """The names of one of our tensors in the released layout: one, or two halves. A released name stays as it is.
+    """Translate one of our tensors' names to the released one, or to those of its two halves; others stay as they are.
 
     layers: N, the decoder layers before the MTP layers.
     """
@@ -81,7 +81,7 @@ def released_names(name: str, layers: int) -> tuple[str, ...]:
 
 
 def mtp_renamings(config: Step3p7TextConfig) -> dict[str, str]:
-    """Regular expression over a released name → beginning of ours, for the MTP layers that the config announces."""
+    """Map regular expressions over released names to prefixes of ours, for the MTP layers of the config."""
     return {
         "^" + re.escape(f"model.layers.{config.num_hidden_layers + place}.{released}"): f"mtp.layers.{place}.{own}"
         for place in range(config.num_nextn_predict_layers)
@@ -90,7 +90,7 @@ def mtp_renamings(config: Step3p7TextConfig) -> dict[str, str]:
 
 
 def conversions(config: Step3p7TextConfig) -> list[WeightTransform]:
-    """From the released layout to ours, in transformers' terms; it derives the way back."""
+    """List transformers' conversions from the released layout to ours; it derives the reverse ones."""
     return [*(WeightRenaming(old, new) for old, new in mtp_renamings(config).items()), *_layer_conversions()]
 
 
@@ -106,8 +106,10 @@ class _Join(Concatenate):
 
 
 class _Halve(ConversionOps):
-    """Halves that share the whole's memory: the library copies each file's tensors as it writes them, so a model is
-    never in memory twice."""
+    """Split into halves that share the whole's memory.
+
+    The library copies each file's tensors as it writes them, so a model is never in memory twice.
+    """
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: object
@@ -122,9 +124,9 @@ class _Halve(ConversionOps):
 
 
 def released_config(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as released, from the one that transformers writes of a `Step3p7TextConfig`.
+    """Translate the config.json that transformers writes of a `Step3p7TextConfig` to the released one.
 
-    Lists by layer go on over the MTP layers, which attend to a window and are dense unless the config says otherwise.
+    Lists by layer include the MTP layers, which attend to a window and are dense unless the config says otherwise.
     """
     config = dict(saved)
     config.pop("per_layer_config", None)  # follows from the rest
@@ -166,14 +168,14 @@ def released_config(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_released_config(directory: Path) -> None:
-    """Turn the config.json that transformers wrote into the released one."""
+    """Replace the config.json that transformers wrote by the released one."""
     path = directory / "config.json"
     config = released_config(json.loads(path.read_text()))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def refuse_other_models(config: Step3p7TextConfig) -> None:
-    """ValueError for a config.json that asks for what this model does not compute."""
+    """Raise ValueError for a config.json that asks for what this model does not compute."""
     for key, value in COMPUTED.items():
         asked = getattr(config, key, value)
         if asked != value:

@@ -20,7 +20,7 @@ KIND = "sliding_attention"
 
 
 class MtpHead(nn.Module):
-    """One head: two norms, a projection of both inputs, a decoder layer, and a language-model head of its own.
+    """Draft one token: two norms, a projection of both inputs, a decoder layer and a separate language-model head.
 
     config: the model's. layers: that of the heads' decoder layers.
     """
@@ -31,20 +31,20 @@ class MtpHead(nn.Module):
         self.enorm, self.hnorm = Step3p7RMSNorm(size, eps), Step3p7RMSNorm(size, eps)
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
         self.block = Step3p7DecoderLayer(layers, number)
-        self.block.self_attn.config = config  # its implementation of attention is the model's, whenever that changes
+        self.block.self_attn.config = config  # so that a change of the model's attention reaches it
         self.norm = Step3p7RMSNorm(size, eps)
         self.head = nn.Linear(size, config.vocab_size, bias=False)
 
     def forward(
         self, hidden_BSH: Tensor, embeds_BSH: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """[B, S, H] → [B, S, H], for the next head; its norm's output is what `head` reads."""
+        """Return the states [B, S, H] for the next head; `head` reads them after `norm`."""
         joined = torch.cat([self.enorm(embeds_BSH), self.hnorm(hidden_BSH)], -1)
         return self.block(self.eh_proj(joined), attention_mask=mask, position_embeddings=rotary)
 
 
 class MtpHeads(nn.Module):
-    """All heads of a model, `config.num_nextn_predict_layers`."""
+    """Hold all heads of a model, `config.num_nextn_predict_layers` of them."""
 
     def __init__(self, config: Step3p7TextConfig) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ class MtpHeads(nn.Module):
         embeds_BSH: Tensor,
         positions_1S: Tensor | None = None,
     ) -> list[Tensor]:
-        """States [B, S−1−i, H], for `head`, of each head i that has a token to read: at t for token t+2+i, from those
-        up to t+1+i.
+        """Return the states [B, S−1−i, H] of each head i that has a token to read, for its `head`.
 
-        hidden_BSH: of the trunk's last layer, before its final norm. embeds_BSH: of the tokens. positions_1S: of packed
-        sequences, each from 0: the last 1+i states of each are then of no use. Padding on the right is never seen.
+        The state at t is for token t+2+i and depends on the tokens up to t+1+i. hidden_BSH: of the trunk's last layer,
+        before its final norm. embeds_BSH: of the tokens. positions_1S: of packed sequences, each from 0; the last 1+i
+        states of each sequence then mean nothing. Padding on the right is never seen.
         """
         states = []
         length = embeds_BSH.shape[1]
@@ -84,15 +84,17 @@ class MtpHeads(nn.Module):
 
 @contextmanager
 def before_norm(trunk: Step3p7TextModel) -> Iterator[list[Tensor]]:
-    """A list that gets, from each forward of the trunk, the last layer's output [B, S, H] before the final norm."""
+    """Collect the last layer's output [B, S, H], before the final norm, of each forward of the trunk."""
     hidden: list[Tensor] = []
     with trunk.norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0])):
         yield hidden
 
 
 def draft_loss(drafts: Sequence[Tensor], labels_BS: Tensor) -> Tensor:
-    """Cross-entropy of the heads' logits (`StepForCausalLM.draft`) over the labels that are not −100: the sum over
-    tokens, the mean over heads."""
+    """Compute the cross-entropy of the heads' logits (`StepForCausalLM.draft`), summed over tokens, mean over heads.
+
+    labels_BS: token ids, −100 = ignored.
+    """
     losses = [
         F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels_BS[:, i + 2 :].flatten(), reduction="sum")
         for i, logits in enumerate(drafts)
@@ -101,7 +103,7 @@ def draft_loss(drafts: Sequence[Tensor], labels_BS: Tensor) -> Tensor:
 
 
 def _layers_config(config: Step3p7TextConfig) -> Step3p7TextConfig:
-    """Of the heads' decoder layers: sliding and dense, never clipped, numbered from 0."""
+    """Make the config of the heads' decoder layers: sliding and dense, never clipped, numbered from 0."""
     layers, count = copy.deepcopy(config), config.num_nextn_predict_layers
     layers.num_hidden_layers = count
     layers.layer_types, layers.mlp_layer_types = [KIND] * count, ["dense"] * count

@@ -25,11 +25,11 @@ from .hub import conversions, mtp_renamings, refuse_other_models, write_released
 from .mtp import MtpHeads, before_norm
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments that say which files `from_pretrained` reads."""
+"""Arguments by which `from_pretrained` finds the files."""
 
 
 class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
-    """Step 3.5 text decoder with a language-model head (report, section 2).
+    """Put a language-model head on the Step 3.5 text decoder (report, section 2).
 
     mtp: heads that draft further tokens, where config.num_nextn_predict_layers is not 0.
     """
@@ -37,7 +37,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
     config_class = Step3p7TextConfig
     config: Step3p7TextConfig
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    # Whatever precision is asked for: the router's top-k flips in less.
+    # In every precision: in less than float32 the router selects other experts.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [r"mlp\.gate\.weight", "e_score_correction_bias"]
 
     def __init__(self, config: Step3p7TextConfig) -> None:
@@ -50,7 +50,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp: MtpHeads | None = None
         if config.num_nextn_predict_layers:
-            with torch.random.fork_rng():  # the rest starts with the weights that it would have without the heads
+            with torch.random.fork_rng():  # the other weights are the same with and without heads
                 self.mtp = MtpHeads(config)
         self.post_init()
 
@@ -66,7 +66,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, S] → logits [B, S, V] (only the last `logits_to_keep` positions if > 0).
+        """Return logits [B, S, V] of input_ids [B, S] (only the last `logits_to_keep` positions if > 0).
 
         labels [B, S]: token ids, −100 = ignored; the loss is the mean over the others, shifted by one.
         """
@@ -93,7 +93,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         )
 
     def draft(self, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """input_ids [B, S] → logits [B, S, V], and those of the heads [B, S−1−i, V] (see `MtpHeads`; [] without)."""
+        """Return logits [B, S, V] of input_ids [B, S], and of each head [B, S−1−i, V] (see `MtpHeads`; [] without)."""
         with before_norm(self.model) as hidden:
             output = self.model(input_ids=input_ids, use_cache=False)
         states = [] if self.mtp is None else self.mtp(self.model, hidden[0], self.model.embed_tokens(input_ids))
@@ -104,7 +104,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, from the released layout; the MTP layers' names follow from the number of layers."""
+        """Load as in transformers, from the released layout; the MTP layers' names depend on the number of layers."""
         config = kwargs.get("config")
         if not isinstance(config, Step3p7TextConfig):
             where = {key: kwargs[key] for key in WHERE if key in kwargs}
@@ -115,7 +115,7 @@ class StepForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As in transformers, in the released layout. ValueError for push_to_hub, which would send another config."""
+        """Save in the released layout. ValueError for push_to_hub, which would send transformers' config."""
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub: save the model first, then upload the directory")
         self._weight_conversions = conversions(self.config)

@@ -61,7 +61,7 @@ def test_decoding_with_a_cache_equals_one_forward_across_the_window_edge(policy:
 
 
 def test_packed_sequences_score_as_padded_ones(policy: StepForCausalLM, reference: Step3p7TextModel) -> None:
-    """Lengths on both sides of the window; the positions start anew with each sequence."""
+    """Lengths on both sides of the window; positions start at 0 in each sequence."""
     lengths = [50, 7, 30, 16, 17]
     padded = torch.randint(5, 90, (len(lengths), 50), generator=torch.Generator().manual_seed(4))
     packed = torch.cat([row[:n] for row, n in zip(padded, lengths, strict=True)])[None]
