@@ -1,4 +1,4 @@
-"""`mispo train --replay`: steps on trajectories that another run has saved, without a rollout engine."""
+"""`mispo train --rollouts`: steps on trajectories that another run has saved, without a rollout engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def replay_config(config: MispoConfig, files: Sequence[Path]) -> MispoConfig:
     sizes = {path: _size(path, load_step(path)) for path in files}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{path} has {prompts} × {samples}" for path, (prompts, samples) in sizes.items())
-        raise ValueError(f"--replay: the files differ in prompts × samples: {told}; replay them one by one")
+        raise ValueError(f"--rollouts: the files differ in prompts × samples: {told}; replay them one by one")
     prompts, samples = sizes[files[0]]
     rollout = replace(config.rollout, prompts_per_step=prompts, samples_per_prompt=samples)
     return replace(config, rollout=rollout, trainer=replace(config.trainer, steps=len(files)))
@@ -39,7 +39,7 @@ def replayed(files: Sequence[Path], vocabulary: int) -> Callable[..., tuple[list
         highest = max(int(max(t.prompt_ids.max(), t.completion_ids.max())) for t in trajectories)
         if highest >= vocabulary:
             raise ValueError(
-                f"--replay: {files[step - 1]} has the token {highest}, but the model knows only {vocabulary}; these "
+                f"--rollouts: {files[step - 1]} has the token {highest}, but the model knows only {vocabulary}; these "
                 "are rollouts of another model"
             )
         share = run.ranks.share(run.config.rollout.prompts_per_step)
@@ -55,7 +55,7 @@ def load_step(path: Path) -> list[Trajectory]:
     """All trajectories of a step: of step_N.parquet, or of the files that several ranks wrote, step_N.rank*.parquet."""
     parts = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"), key=_rank)
     if not parts:
-        raise ValueError(f"--replay: no such file {str(path)!r}; give RUN/rollouts/step_N.parquet")
+        raise ValueError(f"--rollouts: no such file {str(path)!r}; give RUN/rollouts/step_N.parquet")
     if len(parts) == 1:
         return load_rollouts(parts[0])
     # Ranks have moved prompts among themselves.
@@ -72,5 +72,5 @@ def _size(path: Path, trajectories: Sequence[Trajectory]) -> tuple[int, int]:
     counts = Counter(trajectory.prompt.index for trajectory in trajectories)
     sizes = set(counts.values())
     if len(sizes) != 1:
-        raise ValueError(f"--replay: {path} does not hold equally many samples of each prompt; was it cut?")
+        raise ValueError(f"--rollouts: {path} does not hold equally many samples of each prompt; was it cut?")
     return len(counts), sizes.pop()

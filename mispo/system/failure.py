@@ -1,4 +1,4 @@
-"""Who says what went wrong: one rank of a run, and rather the one that knows the cause than those that lost it."""
+"""Say what went wrong, from one rank of a run: if possible the one that knows the cause, not one that lost another."""
 
 from __future__ import annotations
 
@@ -10,56 +10,59 @@ import time
 import traceback
 from pathlib import Path
 
+from mispo.system.rundir import RunDir
+
 PATIENCE_S = 5.0
-"""Seconds for which another rank than the first keeps its error back: if the first has the same one, it has said so
-by then, and the launcher has ended the others."""
+"""Seconds that ranks other than the first wait before they show an error: if the first has the same one, it has shown
+it by then, and the launcher has ended the others."""
 
 LOST_PATIENCE_S = 1.0
-"""The same for a rank that has only lost another one."""
+"""The same for a rank whose error is only that another rank does not answer."""
 
 LOST = re.compile(
     r"(Connection closed by peer|Read error|Write error|Timed out waiting|Socket closed)[^\n]*?(?=\. |\n|$)"
 )
-"""What gloo says when the other end is gone."""
+"""What gloo says when the other process is gone."""
 
 
 def rank() -> int:
-    """Number of this process among those that the launcher has started."""
+    """Return the number of this process among those that the launcher has started."""
     return int(os.environ.get("RANK", "0"))
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr; of another rank than the first, with its number."""
+    """Write a line for people on stderr; ranks other than the first put their number before it."""
     sys.stderr.write(f"rank {rank()}: {text}\n" if rank() else f"{text}\n")
 
 
 def say_bad_input(error: ValueError) -> None:
-    """The error, once for all ranks that have it."""
+    """Show the error, once for all ranks that have it."""
     _wait(PATIENCE_S, signal.SIG_DFL)
     for line in str(error).splitlines():
         say(f"error: {line}")
 
 
-def say_failure(error: Exception, directory: Path, checkpoint: Path | None) -> None:
-    """The error that is being handled, and how to go on, unless another rank has said its own.
+def say_failure(error: Exception, directory: RunDir, checkpoint: Path | None) -> None:
+    """Show the error that is being handled, and how to go on, unless another rank has shown one.
 
-    The trace goes to error.txt in the run directory; the rank that creates that file is the one that speaks.
+    The trace goes to error.txt in the run directory; only the rank that creates this file says anything. checkpoint:
+    the last one, None if there is none.
     """
     lost = _lost(error)
     # Launchers end the ranks that are left; one of them still has to say how to go on.
     _wait(LOST_PATIENCE_S if lost else PATIENCE_S, signal.SIG_IGN if lost else signal.SIG_DFL)
-    trace, path = traceback.format_exc(), directory / "error.txt"
-    where = f"The full trace is in {path}."
+    trace = traceback.format_exc()
+    where = f"The full trace is in {directory.error}."
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with directory.error.open("x", encoding="utf-8") as file:
             file.write(trace)
     except FileExistsError:
         return
-    except OSError:  # the very disk may be the error
+    except OSError:  # the disk itself may be the error
         where = trace
     say(f"error: {lost or error}\n{where}")
     if checkpoint:
-        say(f"The last checkpoint is {checkpoint.name}; continue with: mispo train --resume {directory}")
+        say(f"The last checkpoint is {checkpoint.name}; continue with: mispo train --resume {directory.root}")
 
 
 def _wait(seconds: float, on_sigterm: signal.Handlers) -> None:
@@ -69,7 +72,7 @@ def _wait(seconds: float, on_sigterm: signal.Handlers) -> None:
 
 
 def _lost(error: Exception) -> str | None:
-    """What to say where the error is only that another rank does not answer; else None."""
+    """Return what to say if the error is only that another rank does not answer; else None."""
     found = LOST.search(str(error))
     if found:
         reason = found.group()

@@ -176,7 +176,7 @@ class TrainEngine:
             raise RuntimeError(
                 f"{self.name}: {self._skipped_in_a_row} updates in a row had a gradient that is not finite; "
                 f"lower trainer.{self.name}_lr, or look for NaN in the rewards (trainer.max_skipped_updates); "
-                "the step's batch is there for `mispo train --replay RUN/rollouts/step_N.parquet`"
+                "the step's batch is there for `mispo train --rollouts RUN/rollouts/step_N.parquet`"
             )
 
 

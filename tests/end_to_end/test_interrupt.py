@@ -181,7 +181,7 @@ def test_a_directory_that_turns_into_a_file_ends_the_run_with_its_path_and_the_r
     (run / name).write_text("in the way")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
-    assert re.search(rf"^error: cannot write {run}/{name}/{file}: .*; mend that, then continue$", said, re.M), said
+    assert re.search(rf"^error: cannot write {run}/{name}/{file}: .*; fix that, then resume$", said, re.M), said
     assert f"The last checkpoint is step_3; continue with: mispo train --resume {run}" in said
     (run / name).unlink()
     (tmp_path / "aside").rename(run / name)

@@ -57,7 +57,7 @@ def test_a_resumed_run_is_the_same_run(straight: Path, tmp_path: Path) -> None:
 def test_a_replay_of_saved_rollouts_trains_as_the_run_did(straight: Path, tmp_path: Path) -> None:
     """No engine: the same updates from the same weights, so the same numbers, bit for bit, in the second step too."""
     files = [str(straight / f"rollouts/step_{step}.parquet") for step in (1, 2)]
-    done = mispo("train", *MICRO, f"run_dir={tmp_path / 'run'}", "--replay", *files, "seed=0", cwd=tmp_path)
+    done = mispo("train", *MICRO, f"run_dir={tmp_path / 'run'}", "--rollouts", *files, "seed=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "saved rollouts of 2 steps: no engine" in done.stdout
     rows, expected = without_times(rows_of(tmp_path / "run")), without_times(rows_of(straight))
@@ -72,19 +72,19 @@ def test_rollouts_of_another_model_are_not_replayed(straight: Path, tmp_path: Pa
     file = straight / "rollouts/step_1.parquet"
     for replayed, words in (
         (straight / "config.yaml", "config.yaml does not read as rollouts of this version of mispo"),
-        (straight / "rollouts/step_9.parquet", "--replay: no such file"),
+        (straight / "rollouts/step_9.parquet", "--rollouts: no such file"),
     ):
-        done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--replay", str(file), str(replayed), cwd=tmp_path)
+        done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--rollouts", str(file), str(replayed), cwd=tmp_path)
         assert done.returncode == 2
         assert words in done.stderr
     table = pq.read_table(file)
     pq.write_table(table.slice(0, 7), tmp_path / "cut.parquet")
-    done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--replay", f"{tmp_path}/cut.parquet", cwd=tmp_path)
+    done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--rollouts", f"{tmp_path}/cut.parquet", cwd=tmp_path)
     assert "cut.parquet does not hold equally many samples of each prompt" in done.stderr
     wide = [[10**6] * len(ids) for ids in table["prompt_ids"].to_pylist()]
     place = table.column_names.index("prompt_ids")
     pq.write_table(table.set_column(place, "prompt_ids", pa.array(wide)), tmp_path / "other.parquet")
-    done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--replay", f"{tmp_path}/other.parquet", cwd=tmp_path)
+    done = mispo("train", *MICRO, f"run_dir={tmp_path}/no", "--rollouts", f"{tmp_path}/other.parquet", cwd=tmp_path)
     assert done.returncode == 2
     assert "has the token 1000000, but the model knows only" in done.stderr
 
