@@ -1,10 +1,12 @@
-"""How completions are read and scored, hostile ones included."""
+"""How completions are read and graded, hostile ones included."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.base import Reward, mix_format, score_exact, score_format, split_trace
+from rewards.base import split_trace
+from rewards.exact import score_exact
+from rewards.format import score_format
 from rewards.gym import check_task, gym_reward
 
 
@@ -69,12 +71,3 @@ def test_a_generator_with_a_scorer_of_its_own_is_asked() -> None:
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"data\.task: .*did you mean count_bits"):
         check_task("count_bit")
-
-
-def test_the_format_is_mixed_in_and_its_range_follows() -> None:
-    mixed = mix_format(Reward(score_exact, -1.0, 1.0), 0.25)
-    value, info = mixed.score("", "<think>a</think>3", "3")  # type: ignore[misc]
-    assert value == 1.0
-    assert info == {"task": 1.0, "format": 1.0}
-    assert mixed.score("", "3", "3")[0] == 0.75  # type: ignore[index]
-    assert (mixed.low, mixed.high) == (-0.75, 1.0)
