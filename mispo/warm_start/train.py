@@ -38,7 +38,6 @@ def warm_start(
     """
     careful = careful_writer(task)
     choose = random.Random(seed)
-    rows = stream.rows()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0, fused=True)
     let_drafts_learn(model, True)
     model.train()
@@ -47,10 +46,10 @@ def warm_start(
             group["lr"] = config.lr * schedule(step, config)
         short, long = [], []
         for _ in range(config.batch_size):
-            position, row = next(rows)
+            (prompt,) = stream.take(1)
             writer, pairs = (terse, short) if choose.random() < config.terse_fraction else (careful, long)
-            trace = tokenizer(writer(row) + tokenizer.eos_token, add_special_tokens=False).input_ids
-            pairs.append((stream.prompt(position, row).ids, torch.tensor(trace)))
+            trace = tokenizer(writer(prompt.row) + tokenizer.eos_token, add_special_tokens=False).input_ids
+            pairs.append((prompt.ids, torch.tensor(trace)))
         loss = backward_traces(model, (short, long), tokenizer.pad_token_id, config.mtp_weight)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
@@ -60,7 +59,7 @@ def warm_start(
 
 
 def schedule(step: int, config: WarmStartConfig) -> float:
-    """Factor on the peak rate: linear warm-up, constant, linear to 0 over the second half."""
+    """Return the factor on the peak rate: linear warm-up, constant, linear to 0 over the second half."""
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     return warm * min(1.0, 2 * (config.steps - step) / config.steps)
 
@@ -68,7 +67,7 @@ def schedule(step: int, config: WarmStartConfig) -> float:
 def backward_traces(
     model: PreTrainedModel, parts: Sequence[list[tuple[Tensor, Tensor]]], pad_token_id: int, mtp_weight: float = 0.0
 ) -> float:
-    """Gradient of the mean negative log-likelihood over all trace tokens of the batch; returns that mean.
+    """Add the gradient of the mean negative log-likelihood over all trace tokens of the batch; return that mean.
 
     parts: lists of (prompt [P], trace [T]) ids, padded each for itself; all are divided by the token count of
     the whole batch. mtp_weight: of the draft heads' loss, which joins the gradient, where the model has such heads.
