@@ -6,9 +6,12 @@ which of them pays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
+
+from mispo.evaluation import Evaluator, Measure, References
+from rollouts.trajectory import Prompt
 
 Row = dict[str, Any]
 
@@ -24,7 +27,7 @@ def count_bits_careful(row: Row) -> str:
 
 
 def terse(row: Row) -> str:
-    """The answer at once, as if it could be seen at a glance."""
+    """Give the answer at once, as if it could be seen at a glance."""
     return f"<think></think>{row['answer']}"
 
 
@@ -33,18 +36,37 @@ CAREFUL: dict[str, Callable[[Row], str]] = {"count_bits": count_bits_careful}
 
 
 def careful_opening(task: str, row: Row) -> str:
-    """The first characters of a careful trace, enough to force the habit: the tag and one character."""
+    """Return the first characters of a careful trace, enough to force the habit: the tag and one character."""
     trace = CAREFUL[task](row)
     return trace[: len("<think>") + 1]
 
 
 def careful_writer(task: str | None) -> Callable[[Row], str]:
-    """ValueError for a task without one, with the nearest that has."""
+    """Return the writer of a task's careful traces; ValueError for a task without one, with the nearest that has."""
     if task not in CAREFUL:
         near = get_close_matches(str(task), CAREFUL, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"warm_start.steps: nobody has written traces for data.task {task!r}{hint} "
-            f"(there are {', '.join(CAREFUL)}); set warm_start.steps=0 and start from model.path"
+            f"warm_start.steps: there are no traces for data.task {task!r}{hint} "
+            f"(only for {', '.join(CAREFUL)}); set warm_start.steps=0 and start from model.path"
         )
     return CAREFUL[task]
+
+
+def careful_reference(task: str | None, heldout: Sequence[Prompt]) -> Measure:
+    """Make the measure of what forced careful thinking reaches on held-out problems of a task.
+
+    It finds nothing for a task without traces, for no problems, and without an engine.
+    """
+
+    def measure(evaluator: Evaluator) -> References:
+        if task not in CAREFUL or not heldout or evaluator.engine is None:
+            return References()
+        forced = evaluator.forced(heldout, lambda prompt: careful_opening(task, prompt.row))
+        note = (
+            f"Before RL, forcing the first character of a careful trace already gives {forced:.0%}: what RL teaches "
+            "here is mostly to think before answering, not how to think."
+        )
+        return References({"reference/forced_careful": forced}, [note])
+
+    return measure
