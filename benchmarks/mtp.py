@@ -23,7 +23,7 @@ from mispo.warm_start.traces import careful_opening
 from mispo.warm_start.train import warm_start
 from model.build import build_policy
 from model.step.step import StepForCausalLM
-from rollouts.engine import Request
+from rollouts.engine import Request, run_all
 from rollouts.native.engine import NativeEngine
 
 HEADS = 3
@@ -71,7 +71,7 @@ def main() -> None:
     rows = []
     for name, prompts in starts.items():
         requests = [Request(ids, n, MAX_NEW_TOKENS, 0.0) for n, ids in enumerate(prompts)]
-        completions = [sample.completion_ids for sample in engine.generate(requests)]
+        completions = [sample.completion_ids for sample in run_all(engine, requests)]
         counts, forwards = accepted_drafts(model, prompts, completions)
         tokens = sum(map(len, completions))
         cells = [f"{count.right / count.guesses:.1%} / {count.accepted / count.guesses:.1%}" for count in counts]

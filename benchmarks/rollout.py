@@ -22,7 +22,7 @@ import torch
 from writing import table, write_results
 
 from model.build import build_policy
-from rollouts.engine import Request
+from rollouts.engine import Request, run_all
 from rollouts.native.engine import NativeEngine
 
 SLOTS, LONGEST, PROMPT = 64, 256, 16
@@ -46,7 +46,7 @@ def main() -> None:
             requests = [
                 Request(ids, 1 + n, length, 1.0) for n, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
             ]
-            samples = engine.generate(requests)
+            samples = run_all(engine, requests)
             assert [len(sample.completion_ids) for sample in samples] == lengths
 
         def generate(prompts: torch.Tensor = prompts, lengths: list[int] = lengths) -> None:

@@ -37,7 +37,7 @@ from model.moe.routers import keep_router_fp32
 from model.presets import preset_config
 from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
-from rollouts.trajectory import Prompt, Trajectory
+from rollouts.trajectory import Prompt, Trajectory, Turn
 
 
 def main() -> None:
@@ -111,6 +111,7 @@ def trajectories(load: Load) -> list[Trajectory]:
             completion_ids=torch.tensor(s.completion_ids),
             action_mask=torch.ones(len(s.completion_ids), dtype=torch.bool),
             rollout_logprobs=torch.zeros(len(s.completion_ids)),
+            turns=(Turn((0, len(s.completion_ids)), 0, "stop"),),
             finish_reason="stop",
             weight_version=0,
             routing_confidence=None,

@@ -1,1 +1,1 @@
-"""Rollouts: engines that sample, the worker that grades, the `Trajectory` record that leaves this room."""
+"""Rollouts: engines that sample, environments that reply, and the `Trajectory` record that they give."""

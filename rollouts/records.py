@@ -11,7 +11,17 @@ import pyarrow.parquet as pq
 import torch
 
 from mispo.system.files import json_line, replacing
-from rollouts.trajectory import Prompt, Trajectory
+from rollouts.trajectory import Prompt, Trajectory, Turn
+
+TURN = pa.struct(
+    [
+        ("start", pa.int32()),
+        ("stop", pa.int32()),
+        ("weight_version", pa.int64()),
+        ("finish_reason", pa.string()),
+    ]
+)
+"""One of a trajectory's turns: tokens start … stop−1 of the completion."""
 
 ROLLOUT_FIELDS = pa.schema(
     [
@@ -28,6 +38,8 @@ ROLLOUT_FIELDS = pa.schema(
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("routing_confidence", pa.list_(pa.float32())),
         ("routed_experts", pa.list_(pa.int16())),
+        ("turns", pa.list_(TURN)),
+        ("reward_parts", pa.map_(pa.string(), pa.float64())),
         ("weight_version", pa.int64()),
         ("seed", pa.int64()),
         ("index", pa.int64()),
@@ -43,8 +55,8 @@ SAMPLE_KEYS = ("question", "answer", "completion", "reward")
 """Keys that every row of samples_before.jsonl and samples_after.jsonl has."""
 
 
-def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mapping[str, list[Any]]) -> None:
-    """Writes one row per trajectory, in order; atomic.
+def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mapping[str, Sequence[object]]) -> None:
+    """Write one row per trajectory, in order; atomic.
 
     columns: further values by name, one per trajectory (advantage_mean, accepted, log_rho, …).
     Raises ValueError if such a column has the wrong length or the name of a built-in one.
@@ -63,9 +75,9 @@ def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mappi
 
 
 def load_rollouts(path: Path) -> list[Trajectory]:
-    """The trajectories of a rollouts file, in order; of the data row only question and answer are kept.
+    """Load the trajectories of a rollouts file, in order; of the data row only question and answer are kept.
 
-    ValueError if it is no such file.
+    ValueError if it is no such file, or one of another version.
     """
     try:
         return [_trajectory(row) for row in pq.read_table(path, columns=ROLLOUT_FIELDS.names).to_pylist()]
@@ -75,8 +87,9 @@ def load_rollouts(path: Path) -> list[Trajectory]:
 
 
 def load_positions(path: Path) -> list[int]:
-    """The number of each trajectory of a rollouts file within its step, over all ranks."""
-    return pq.read_table(path, columns=["position"])["position"].to_pylist()
+    """Load the number of each trajectory of a rollouts file within its step, over all ranks."""
+    positions: list[int] = pq.read_table(path, columns=["position"])["position"].to_pylist()
+    return positions
 
 
 def _trajectory(row: Mapping[str, Any]) -> Trajectory:
@@ -96,6 +109,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         completion_ids=completion_ids,
         action_mask=torch.tensor(row["action_mask"], dtype=torch.bool),
         rollout_logprobs=torch.tensor(row["rollout_logprobs"], dtype=torch.float32),
+        turns=tuple(Turn((t["start"], t["stop"]), t["weight_version"], t["finish_reason"]) for t in row["turns"]),
         finish_reason=row["finish_reason"],
         weight_version=row["weight_version"],
         routing_confidence=None if confidence is None else torch.tensor(confidence, dtype=torch.float32),
@@ -103,6 +117,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         completion=row["completion"],
         reward=row["reward"],
         reward_info={"outcome": row["outcome"], "message": row["message"]},
+        reward_parts=dict(row["reward_parts"]),
     )
 
 
@@ -122,6 +137,16 @@ def _record(trajectory: Trajectory) -> dict[str, Any]:
         "rollout_logprobs": trajectory.rollout_logprobs.cpu().numpy(),
         "routing_confidence": None if confidence is None else confidence.cpu().numpy(),
         "routed_experts": None if experts is None else experts.flatten().to(torch.int16).numpy(),
+        "turns": [
+            {
+                "start": turn.span[0],
+                "stop": turn.span[1],
+                "weight_version": turn.weight_version,
+                "finish_reason": turn.finish_reason,
+            }
+            for turn in trajectory.turns
+        ],
+        "reward_parts": trajectory.reward_parts,
         "weight_version": trajectory.weight_version,
         "seed": trajectory.seed,
         "index": trajectory.prompt.index,
@@ -130,7 +155,7 @@ def _record(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def save_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes traces as JSON lines; atomic. Rows have SAMPLE_KEYS, and may have more."""
+    """Write traces as JSON lines; atomic. Rows have SAMPLE_KEYS, and may have more."""
     for row in rows:
         missing = [key for key in SAMPLE_KEYS if key not in row]
         assert not missing, f"a sample lacks {', '.join(missing)}"

@@ -36,23 +36,41 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Generated tokens that one request has given.
+
+    span: (start, stop) among the completion's tokens. weight_version: of the weights that sampled them.
+    finish_reason: why the engine stopped there.
+    """
+
+    span: tuple[int, int]
+    weight_version: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One sampled completion with everything the trainer needs to know about how it came about.
 
     prompt: the problem it answers; `prompt_ids` [P] int64 comes from it.
     sample: which of the samples_per_prompt attempts this is.
     seed: seed of the request.
-    completion_ids: [T] int64, the generated tokens, the end token included where it was sampled; T ≥ 1.
-    action_mask: [T] bool, false on tokens that were forced or came from a tool: those are never scored.
-    rollout_logprobs: [T] float32, log softmax(logits / temperature) at the sampled token (the proposal).
-    finish_reason: from the engine, never inferred from lengths.
-    weight_version: actor optimizer updates contained in the weights that sampled it.
+    completion_ids: [T] int64, the generated tokens, the end token included where it was sampled, and between them what
+        the environment replied; T ≥ 1.
+    action_mask: [T] bool, false on tokens that no engine wrote: those are never scored.
+    rollout_logprobs: [T] float32, log softmax(logits / temperature) at the sampled token (the proposal); 0 on tokens
+        that no engine wrote.
+    turns: the generated parts, in order; a single one where the environment does not reply.
+    finish_reason: the last turn's, from the engine, never inferred from lengths; "length" also where the environment's
+        reply would have left no token to generate.
+    weight_version: actor optimizer updates contained in the weights that sampled it, those of its oldest turn.
     routing_confidence: [MoE layers] float32, mean over the generated tokens of the probability mass of the
         activated experts, as seen by the rollout engine; None for a dense model.
     routed_experts: [P+T−1, MoE layers, k], smallest integer type: the experts that the rollout activated at each
         position but the last, which no forward has seen; None for a dense model, or if they were not recorded.
     completion: the decoded text, special tokens included, for people and graders.
-    reward, reward_info: set by grading; reward is NaN before.
+    reward, reward_info, reward_parts: set by grading; reward is NaN before. reward_parts: the value of each named part
+        of the reward, before its weight.
     """
 
     prompt: Prompt
@@ -61,6 +79,7 @@ class Trajectory:
     completion_ids: Tensor
     action_mask: Tensor
     rollout_logprobs: Tensor
+    turns: tuple[Turn, ...]
     finish_reason: FinishReason
     weight_version: int
     routing_confidence: Tensor | None
@@ -68,6 +87,7 @@ class Trajectory:
     completion: str
     reward: float = float("nan")
     reward_info: dict[str, Any] = field(default_factory=dict)
+    reward_parts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         length = self.completion_ids.shape[0]
@@ -78,6 +98,10 @@ class Trajectory:
         positions = len(self.prompt.ids) + length - 1
         assert self.routed_experts is None or len(self.routed_experts) == positions, "routed_experts must be [P+T−1, …]"
         assert self.finish_reason in FINISH_REASONS, self.finish_reason
+        edges = [edge for turn in self.turns for edge in turn.span]
+        assert edges, "a trajectory has at least one turn"
+        assert edges == sorted(edges), "turns must be in order"
+        assert edges[-1] <= length, "turns must lie in the completion"
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -86,7 +110,7 @@ class Trajectory:
 
     @property
     def truncated(self) -> bool:
-        """Cut by the token limit: its return is bootstrapped with V(s_T) (report §5.2.2)."""
+        """Whether the token limit has cut it: its return is bootstrapped with V(s_T) (report §5.2.2)."""
         return self.finish_reason == "length"
 
     def __len__(self) -> int:

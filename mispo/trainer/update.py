@@ -16,7 +16,7 @@ from mispo.algorithm.segments import segment_sum
 from mispo.trainer.batch import Batch, Layout, minibatches
 from mispo.trainer.engine import TrainEngine, Update
 from mispo.trainer.scoring import equal_count, score_logprobs
-from rollouts.sampler import request_seed
+from rollouts.episodes import request_seed
 
 RANDOM_CHOICES = ("actor", "critic", "filter")
 """What a step decides by chance, apart from sampling."""

@@ -1,4 +1,4 @@
-"""Slot KV cache: every running sequence owns one slot and grows at its own length.
+"""Slot KV cache: every running sequence has one slot, and sequences grow independently of each other.
 
 The active sequences are always the slots 0 … n−1, so that a decode step reads views, never gathered copies.
 A sliding-window layer keeps a ring of `window` cells: position p lives in cell p mod window. Keys carry their
@@ -8,7 +8,7 @@ rotary position already, so attention does not care in which order the cells lie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,27 +49,41 @@ class SlotLayer:
     def __init__(self, slots: int, max_length: int, window: int | None) -> None:
         self.slots = slots
         self.window = window
-        self.limit = round_up(max_length) if window is None else min(window, round_up(max_length))
+        self.limit = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.grow(slots, max_length)
 
-    def reserve(self, length: int, key: Tensor, value: Tensor) -> None:
-        """Make room for `length` positions; at least doubles, so that growing costs little over a whole run
-        and memory follows the lengths that occur, not the longest one allowed."""
+    def grow(self, slots: int, max_length: int) -> None:
+        """Allow more slots or longer sequences; never fewer or shorter ones."""
+        limit = round_up(max_length)
+        self.limit = max(self.limit, limit if self.window is None else min(self.window, limit))
+        self.slots = max(slots, self.slots)
+        if self.keys is not None and self.values is not None and self.slots > len(self.keys):
+            cells = self.keys.shape[2]
+            self.keys = _grown(self.keys, self.keys, self.slots, cells)
+            self.values = _grown(self.values, self.values, self.slots, cells)
+
+    def reserve(self, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Make room for `length` positions and return the buffers of keys and values.
+
+        At least doubles, so that growing costs little over a whole run and memory follows the lengths that occur, not
+        the longest one allowed.
+        """
         held = 0 if self.keys is None else self.keys.shape[2]
         needed = min(length, self.limit)
-        if needed <= held:
-            return
-        cells = min(round_up(max(needed, 2 * held)), self.limit)
-        self.keys = _grown(self.keys, key, self.slots, cells)
-        self.values = _grown(self.values, value, self.slots, cells)
+        if self.keys is None or self.values is None or needed > held:
+            cells = min(round_up(max(needed, 2 * held)), self.limit)
+            self.keys = _grown(self.keys, key, self.slots, cells)
+            self.values = _grown(self.values, value, self.slots, cells)
+        return self.keys, self.values
 
 
 def _grown(old: Tensor | None, like: Tensor, slots: int, cells: int) -> Tensor:
     # Zeros: a cell not yet written is masked, but NaN garbage times a zero weight would still be NaN.
     new = like.new_zeros(slots, like.shape[1], cells, like.shape[3])
     if old is not None:
-        new[:, :, : old.shape[2]] = old
+        new[: len(old), :, : old.shape[2]] = old
     return new
 
 
@@ -83,7 +97,8 @@ class SlotCache(Cache):
     """
 
     def __init__(self, windows: Sequence[int | None], slots: int, max_length: int) -> None:
-        super().__init__(layers=[SlotLayer(slots, max_length, window) for window in windows])
+        self.slot_layers = [SlotLayer(slots, max_length, window) for window in windows]
+        super().__init__(layers=cast(Any, self.slot_layers))
         self.windows = sorted(set(windows), key=lambda window: window or 0)
         self.prefilling = True
         self.start = 0
@@ -92,8 +107,13 @@ class SlotCache(Cache):
         self.cells: dict[int | None, Tensor] = {}
         self.rows: dict[tuple[int | None, int, int], Tensor] = {}
 
+    def grow(self, slots: int, max_length: int) -> None:
+        """Allow more slots or longer sequences; what is cached stays."""
+        for layer in self.slot_layers:
+            layer.grow(slots, max_length)
+
     def prefill(self, start: int, lengths: Tensor, longest: int) -> dict[int | None, Tensor]:
-        """The next forward runs right-padded prompts into the slots start … start+B−1.
+        """Prepare a forward of right-padded prompts in the slots start … start+B−1.
 
         lengths: [B] prompt tokens; longest: their maximum, the width S of the forward.
         Returns the attention mask of each window, bool [1, 1, S, S]. Keys past a prompt's end are written but
@@ -113,7 +133,7 @@ class SlotCache(Cache):
         return masks
 
     def decode(self, positions: Tensor, longest: int) -> dict[int | None, Tensor]:
-        """The next forward runs one token for each of the slots 0 … n−1.
+        """Prepare a forward of one token for each of the slots 0 … n−1.
 
         positions: [n] position of that token = tokens cached before it; longest: max(positions) + 1.
         Returns the attention mask of each window, bool [n, 1, 1, cells read].
@@ -133,36 +153,37 @@ class SlotCache(Cache):
 
     def move(self, sources: list[int], targets: list[int], longest: int) -> None:
         """Copy the first `longest` positions of slots: closes the gaps that finished sequences leave."""
-        for layer in self.layers:
+        for layer in self.slot_layers:
             for buffer in (layer.keys, layer.values):
+                assert buffer is not None, "sequences run, so a prefill has written"
                 buffer[targets, :, :longest] = buffer[sources, :, :longest]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write this forward's keys and values [B, kv_heads, S, head_dim]; give back what attention reads."""
-        layer = self.layers[layer_idx]
-        layer.reserve(self.longest, key_states, value_states)
+        """Write this forward's keys and values [B, kv_heads, S, head_dim]; return what attention reads."""
+        layer = self.slot_layers[layer_idx]
+        keys, values = layer.reserve(self.longest, key_states, value_states)
         assert key_states.shape[0] == self.count, "the forward's batch is not the announced one"
         if self.prefilling:
             cells = self.cells.get(layer.window)
-            for buffer, new in ((layer.keys, key_states), (layer.values, value_states)):
+            for buffer, new in ((keys, key_states), (values, value_states)):
                 if cells is not None:
                     new = new.gather(2, cells[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]))
                 buffer[self.start : self.start + self.count, :, : new.shape[2]] = new
             return key_states, value_states
-        rows = self._rows(layer)
-        for buffer, new in ((layer.keys, key_states), (layer.values, value_states)):
+        rows = self._rows(layer.window, keys)
+        for buffer, new in ((keys, key_states), (values, value_states)):
             buffer.view(-1, buffer.shape[3]).index_copy_(0, rows, new.reshape(-1, new.shape[3]))
-        return layer.keys[: self.count, :, : self.longest], layer.values[: self.count, :, : self.longest]
+        return keys[: self.count, :, : self.longest], values[: self.count, :, : self.longest]
 
-    def _rows(self, layer: SlotLayer) -> Tensor:
+    def _rows(self, window: int | None, keys: Tensor) -> Tensor:
         """[n · kv_heads] rows of the flattened buffer that this step writes; the same for layers alike."""
-        _, heads, cells, _ = layer.keys.shape
-        key = (layer.window, heads, cells)
+        _, heads, cells, _ = keys.shape
+        key = (window, heads, cells)
         if key not in self.rows:
-            first = torch.arange(self.count * heads, device=layer.keys.device) * cells
-            self.rows[key] = first + self.cells[layer.window].repeat_interleave(heads)
+            first = torch.arange(self.count * heads, device=keys.device) * cells
+            self.rows[key] = first + self.cells[window].repeat_interleave(heads)
         return self.rows[key]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -171,7 +192,7 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         """(keys read, offset of the first): for decoders that ask although they were given a mask."""
-        window = self.layers[layer_idx].window
+        window = self.slot_layers[layer_idx].window
         return (self.longest if window is None or self.prefilling else min(self.longest, window)), 0
 
 

@@ -6,21 +6,19 @@ sequence. Finished sequences leave the batch at once, so that the long tail cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.moe.replay import RouterReplay, laid_out
-from model.moe.routers import RoutingRecorder, find_routers
-from rollouts.engine import Request, Sample
-from rollouts.native.cache import SlotCache, layer_windows
-from rollouts.native.slots import SlotTable
-
-ROUTING_STEPS = 32
-"""Decode steps between two evaluations of the routers' records: fewer small kernels, bounded memory."""
+from rollouts.engine import Capabilities, Request, Sample
+from rollouts.native.decoder import take_apart
+from rollouts.native.running import Running, Waiting
 
 
 class NativeEngine:
@@ -47,40 +45,87 @@ class NativeEngine:
         record_experts: bool = False,
     ) -> None:
         if slots < 1:
-            raise ValueError(f"rollout.slots: {slots} is less than 1")
+            raise ValueError(f"engine.slots must be at least 1 (is {slots})")
         self.model = model.eval()
-        self.decoder = model.get_decoder()
-        self.head = model.get_output_embeddings()
-        self.config = self.decoder.config
-        self.windows = layer_windows(self.config)
-        self.routers = len(find_routers(model))
-        self.eos_token_ids = tuple(eos_token_ids)
-        self.pad_token_id = pad_token_id
-        self.slots = slots
-        self.weight_version = weight_version
+        self.decoder = take_apart(self.model, eos_token_ids, pad_token_id)
         self.prefill_tokens = prefill_tokens
         self.record_experts = record_experts
-        _check_form(self.model, self.decoder, self.head)
+        self.slots = slots
+        self.weight_version = weight_version
+        self._tickets = itertools.count()
+        self._waiting: Waiting = deque()
+        self._running: Running | None = None
+        self._asleep = False
 
     @property
-    def device(self) -> torch.device:
-        """Where the model's input embeddings lie."""
-        return self.decoder.get_input_embeddings().weight.device
+    def can(self) -> Capabilities:
+        """See `Engine.can`."""
+        routed = self.decoder.routers > 0
+        return Capabilities(experts=routed and self.record_experts, replay=routed, loops=False, stop_strings=False)
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        """One sample per request, in request order; the tokens of a request do not depend on the others.
+    def submit(self, request: Request) -> int:
+        """Take a request, which gets a slot at the next refill: see `Engine.submit`.
 
         ValueError for an empty prompt, a limit below 1, a negative temperature, or a prompt that leaves less
-        than max_new_tokens of the model's positions. RuntimeError on log-probs that are not finite.
+        than max_new_tokens of the model's positions.
         """
-        _check_requests(requests, getattr(self.config, "max_position_embeddings", None))
-        if not requests:
-            return []
-        recorder = RoutingRecorder(self.model) if self.routers else nullcontext()
-        with recorder as routing:
-            samples = dict(_Run(self, requests, routing).finished())
-        return [samples[index] for index in range(len(requests))]
+        if self._asleep:
+            raise RuntimeError("the rollout engine is asleep; call wake() before submit()")
+        _check_request(request, getattr(self.decoder.stack.config, "max_position_embeddings", None))
+        ticket = next(self._tickets)
+        self._waiting.append((ticket, request))
+        return ticket
+
+    @torch.inference_mode()
+    def finished(self) -> list[tuple[int, Sample]]:
+        """Sample until at least one sequence has ended, or for ROUTING_STEPS steps: see `Engine.finished`.
+
+        Log-probs depend on the other requests in the batch by rounding alone. RuntimeError if they are not finite.
+        """
+        if self._running is None:
+            if not self._waiting:
+                return []
+            self._running = Running(
+                self.decoder,
+                self._waiting,
+                slots=self.slots,
+                prefill_tokens=self.prefill_tokens,
+                record_experts=self.record_experts,
+            )
+        try:
+            ended = self._running.advance(self._waiting, self.weight_version)
+        except BaseException:
+            self._running = None
+            self._waiting.clear()
+            raise
+        self._rest()
+        return ended
+
+    @torch.inference_mode()
+    def cancel(self, tickets: Collection[int]) -> None:
+        """Drop running and waiting requests: see `Engine.cancel`."""
+        dropped = set(tickets)
+        self._waiting = deque(pair for pair in self._waiting if pair[0] not in dropped)
+        if self._running is not None:
+            self._running.drop(dropped)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Free the buffers once there is nothing left to do."""
+        if self._running is not None and not self._running.table.count and not self._waiting:
+            self._running = None
+
+    def sleep(self) -> None:
+        """Refuse requests until `wake`; the cache is freed whenever the engine is idle. See `Engine.sleep`."""
+        if self._running is not None or self._waiting:
+            raise RuntimeError("the rollout engine has requests; let them finish or cancel them before sleep()")
+        self._asleep = True
+        if self.decoder.embeddings.is_cuda:
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take requests again."""
+        self._asleep = False
 
     @torch.inference_mode()
     def score(
@@ -89,16 +134,18 @@ class NativeEngine:
         temperature: float,
         experts: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Log-probs of each completion: see `Engine.score`. No cache and no masks of ours take part."""
+        """Return the log-probs of each completion: see `Engine.score`. No cache and no masks of ours take part."""
+        decoder = self.decoder
+        device = decoder.embeddings.device
         scores: dict[int, Tensor] = {}
         with nullcontext() if experts is None else RouterReplay(self.model) as replay:
             for batch in _length_batches([len(p) + len(c) for p, c in pairs], self.prefill_tokens):
-                ids = _padded([torch.cat(pairs[index]) for index in batch], self.pad_token_id).to(self.device)
-                if experts is not None:
-                    replay.set(*laid_out([experts[index] for index in batch], [ids.shape[1]] * len(ids), self.device))
-                hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+                ids = decoder.padded([torch.cat(pairs[index]) for index in batch])
+                if experts is not None and replay is not None:
+                    replay.set(*laid_out([experts[index] for index in batch], [ids.shape[1]] * len(ids), device))
+                hidden = decoder.stack(input_ids=ids, use_cache=False).last_hidden_state
                 for row, index in enumerate(batch):
-                    prompt, completion = len(pairs[index][0]), pairs[index][1].to(self.device)
+                    prompt, completion = len(pairs[index][0]), pairs[index][1].to(device)
                     states = hidden[row, prompt - 1 : prompt - 1 + len(completion)]
                     # No more rows of logits at once than decoding has.
                     parts = zip(states.split(self.slots), completion.split(self.slots), strict=True)
@@ -106,20 +153,25 @@ class NativeEngine:
         return [scores[index] for index in range(len(pairs))]
 
     def _logprobs(self, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        logits = self.head(states).float() / (temperature or 1.0)
+        logits = self.decoder.head(states).float() / (temperature or 1.0)
         return torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
 
     def converted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the precision of the model's own tensors: see `Engine.converted`."""
+        """Return the weights in the precision of the model's tensors: see `Engine.converted`."""
         own = self.model.state_dict()
         return {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in weights.items()}
 
     @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy the weights in, converted to the model's precision: see `Engine.load_weights`.
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy the weights in, converted to the model's precision: see `Engine.load`.
 
-        A tied tensor may be given under any one of its names.
+        A tied tensor may be given under any one of its names. RuntimeError while sequences are running.
         """
+        if self._running is not None:
+            raise RuntimeError(
+                f"weights of version {version} cannot be loaded while sequences are running; let them finish or cancel "
+                "them"
+            )
         own = self.model.state_dict()
         given = {own[name].data_ptr() for name in weights if name in own}
         problems = [
@@ -142,117 +194,6 @@ class NativeEngine:
         self.weight_version = version
 
 
-class _Run:
-    """One call of `generate`. All its state dies with it, so an interrupt leaves the engine as it was."""
-
-    def __init__(self, engine: NativeEngine, requests: Sequence[Request], routing: RoutingRecorder | None) -> None:
-        slots = min(engine.slots, len(requests))
-        longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        limit = max(request.max_new_tokens for request in requests)
-        self.engine = engine
-        self.requests = requests
-        self.routing = routing
-        self.pending = list(range(len(requests)))[::-1]
-        self.table = SlotTable(slots, limit, longest, engine.routers, engine.eos_token_ids, engine.device)
-        self.cache = SlotCache(engine.windows, slots, longest)
-        # A prefill costs about as much as a decode step: wait until an eighth of the slots is free.
-        self.refill = max(1, slots // 8)
-        self.unread = 0
-
-    def finished(self) -> Iterator[tuple[int, Sample]]:
-        """(place in the list of requests, sample), as they finish."""
-        table = self.table
-        while self.pending or table.count:
-            refill = self.pending and (table.free >= self.refill or not table.count)
-            ended = self._prefill() if refill else self._decode()
-            if not ended:
-                continue
-            self._read_routing()
-            places = [table.request[row] for row in ended]
-            yield from zip(places, table.samples(ended, self.engine.weight_version), strict=True)
-            longest = table.longest
-            sources, targets = table.release(ended)
-            if targets:
-                self.cache.move(sources, targets, longest)
-
-    def _prefill(self) -> list[int]:
-        self._read_routing()
-        table = self.table
-        indices = self._next_prompts()
-        prompts = [self.requests[index].prompt_ids for index in indices]
-        start = table.count
-        table.admit(indices, [self.requests[index] for index in indices])
-        lengths = table.prompt[start : table.count]
-        ids = _padded(prompts, self.engine.pad_token_id).to(self.engine.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = self._forward(ids, positions, self.cache.prefill(start, lengths, ids.shape[1]))
-        rows = torch.arange(len(indices), device=ids.device)
-        if self.routing is not None:
-            routing = self.routing.take()
-            confidence = routing.confidence.view(-1, *ids.shape)
-            table.confidence[start : table.count] = confidence[:, rows, lengths - 1].T.double()
-            if self.engine.record_experts:
-                experts = routing.experts.view(len(confidence), *ids.shape, -1)
-                table.route(slice(start, table.count), torch.zeros_like(lengths), experts)
-        return table.record(start, self.engine.head(hidden[rows, lengths - 1]))
-
-    def _next_prompts(self) -> list[int]:
-        """As many waiting requests, in order, as fit into the free slots and one forward."""
-        chosen: list[int] = []
-        width = 0
-        while self.pending and len(chosen) < self.table.free:
-            width = max(width, len(self.requests[self.pending[-1]].prompt_ids))
-            if chosen and width * (len(chosen) + 1) > self.engine.prefill_tokens:
-                break
-            chosen.append(self.pending.pop())
-        return chosen
-
-    def _decode(self) -> list[int]:
-        ids, positions = self.table.current()
-        masks = self.cache.decode(positions[:, 0], self.table.longest)
-        hidden = self._forward(ids, positions, masks)
-        ended = self.table.record(0, self.engine.head(hidden[:, -1]))
-        self.unread += 1
-        if self.unread == ROUTING_STEPS:
-            self._read_routing()
-        return ended
-
-    def _read_routing(self) -> None:
-        """Add the confidence of the decode steps since the last reading; the batch was the same in all."""
-        if self.routing is not None and self.unread:
-            routing, count = self.routing.take(), self.table.count
-            steps = routing.confidence.view(-1, self.unread, count)
-            self.table.confidence[:count] += steps.sum(1, dtype=torch.float64).T
-            if self.engine.record_experts:
-                experts = routing.experts.view(len(steps), self.unread, count, -1).transpose(1, 2)
-                # The newest token is not cached yet: the last forward was at the position before it.
-                self.table.route(slice(0, count), self.table.length[:count] - 1 - self.unread, experts)
-        self.unread = 0
-
-    def _forward(self, ids: Tensor, positions: Tensor, masks: dict[int | None, Tensor]) -> Tensor:
-        """Last hidden states [B, S, H]."""
-        engine = self.engine
-        dtype = engine.decoder.get_input_embeddings().weight.dtype
-        additive = {window: torch.where(mask, 0.0, -torch.inf).to(dtype) for window, mask in masks.items()}
-        if len(additive) > 1:
-            kinds = zip(engine.config.layer_types, engine.windows, strict=True)
-            attention_mask = {kind: additive[window] for kind, window in kinds}
-        else:
-            (attention_mask,) = additive.values()
-        return engine.decoder(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-
-
-def _padded(ids: Sequence[Tensor], pad_token_id: int) -> Tensor:
-    """[B, S] int64, padded on the right."""
-    return nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=pad_token_id)
-
-
 def _length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices grouped by similar length, each group at most `max_tokens` when padded (or one sequence)."""
     batches: list[list[int]] = []
@@ -264,35 +205,16 @@ def _length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _check_requests(requests: Sequence[Request], max_positions: int | None) -> None:
-    for index, request in enumerate(requests):
-        prompt = len(request.prompt_ids)
-        if prompt == 0:
-            raise ValueError(f"request {index}: the prompt is empty; give at least one token")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"request {index}: max_new_tokens is {request.max_new_tokens}; give at least 1")
-        if request.temperature < 0:
-            raise ValueError(f"request {index}: temperature is {request.temperature}; give 0 (greedy) or > 0")
-        if max_positions is not None and prompt + request.max_new_tokens > max_positions:
-            raise ValueError(
-                f"request {index}: {prompt} prompt tokens + max_new_tokens {request.max_new_tokens} are more "
-                f"than the model's {max_positions} positions; lower rollout.max_new_tokens or shorten it"
-            )
-
-
-@torch.inference_mode()
-def _check_form(model: PreTrainedModel, decoder: nn.Module, head: nn.Module | None) -> None:
-    """Some models scale or cap their logits after the output embeddings: those would be sampled wrongly."""
-    attention = decoder.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise ValueError(f"model.attention: {attention!r} takes no mask per slot; use sdpa or eager")
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings; give a causal language model")
-    ids = torch.arange(min(4, head.weight.shape[0]), device=head.weight.device)[None]
-    expected = model(input_ids=ids, use_cache=False).logits
-    actual = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
+def _check_request(request: Request, max_positions: int | None) -> None:
+    prompt = len(request.prompt_ids)
+    if prompt == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    if request.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1 (is {request.max_new_tokens})")
+    if request.temperature < 0:
+        raise ValueError(f"temperature must be at least 0 (is {request.temperature}); 0 is greedy")
+    if max_positions is not None and prompt + request.max_new_tokens > max_positions:
         raise ValueError(
-            f"{type(model).__name__} changes its logits after the output embeddings; "
-            "the native rollout engine cannot run it"
+            f"{prompt} prompt tokens + max_new_tokens {request.max_new_tokens} are more than the model's "
+            f"{max_positions} positions; lower rollout.max_new_tokens or shorten the prompt"
         )

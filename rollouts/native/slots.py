@@ -3,19 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rollouts.engine import Request, Sample
-from rollouts.native.sampling import pick_tokens, request_uniforms
+from rollouts.trajectory import FinishReason
+
+
+def request_uniforms(seed: int, count: int) -> Tensor:
+    """Draw [count] float64 in [0, 1): the random numbers of one request, the same in every slot and batch."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pick_tokens(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample one token per row by inverse CDF, and say how likely it was.
+
+    logits: [n, V]; temperature: [n] float32, 0 = most likely token; uniform: [n] float64.
+    Returns token ids [n] int64 and their log-probs [n] float32 under softmax(logits / temperature)
+    (temperature 1 where it is 0). The CDF is summed in float64: in float32 the rare tokens of a large
+    vocabulary would drown in rounding, and the recorded log-prob would not be that of the sampler.
+    """
+    greedy = temperature == 0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    cdf = logprobs.double().exp().cumsum(-1)
+    sampled = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    sampled = sampled.clamp_max(logits.shape[-1] - 1)
+    tokens = torch.where(greedy, logits.argmax(-1), sampled)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a decode step needs on the device, one row per slot. W: generated tokens that fit, R: MoE layers."""
+
+    prompt: Tensor
+    """[slots] int64, prompt tokens."""
+    generated: Tensor
+    """[slots] int64, tokens generated so far."""
+    limit: Tensor
+    """[slots] int64, max_new_tokens."""
+    temperature: Tensor
+    """[slots] float32."""
+    uniforms: Tensor
+    """[slots, W] float64, the request's random numbers."""
+    tokens: Tensor
+    """[slots, W] int64."""
+    logprobs: Tensor
+    """[slots, W] float32."""
+    confidence: Tensor
+    """[slots, R] float64, sum over the generated tokens."""
+
+    @staticmethod
+    def empty(slots: int, width: int, routers: int, device: torch.device) -> Rows:
+        """Make rows of zeros."""
+
+        def rows(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+
+        return Rows(
+            prompt=rows(torch.int64),
+            generated=rows(torch.int64),
+            limit=rows(torch.int64),
+            temperature=rows(torch.float32),
+            uniforms=rows(torch.float64, width),
+            tokens=rows(torch.int64, width),
+            logprobs=rows(torch.float32, width),
+            confidence=rows(torch.float64, routers),
+        )
+
+    def grown(self, slots: int, width: int) -> Rows:
+        """Copy into larger rows."""
+        larger = Rows.empty(slots, width, self.confidence.shape[1], self.prompt.device)
+        for name, old in vars(self).items():
+            copy_into(getattr(larger, name), old)
+        return larger
+
+
+def copy_into(larger: Tensor, old: Tensor) -> None:
+    """Fill the first cells of a tensor, along every dimension, with those of a smaller one."""
+    larger[tuple(slice(size) for size in old.shape)] = old
 
 
 class SlotTable:
     """State of the slots, one row each; the first `count` rows are running.
 
-    What a step needs lies on `device`; the host knows the lengths by counting along, so that a step costs one
-    synchronisation: the list of finished slots.
+    The host knows the lengths by counting along, so that a step costs one synchronisation: the list of finished slots.
     slots: rows. max_new_tokens: the largest limit of any request. longest: the most positions that one can take.
     routers: MoE layers, 0 for a dense model.
     """
@@ -31,23 +106,12 @@ class SlotTable:
     ) -> None:
         self.slots = slots
         self.positions = longest
-        self.device = device
         self.eos = torch.tensor(list(eos_token_ids), device=device)
         self.count = 0
-        self.request: list[int] = []
+        self.tickets: list[int] = []
+        # Prompt and generated tokens, on the host.
         self.length = torch.zeros(slots, dtype=torch.int64)
-
-        def rows(dtype: torch.dtype, *width: int) -> Tensor:
-            return torch.zeros(slots, *width, dtype=dtype, device=device)
-
-        self.prompt = rows(torch.int64)
-        self.generated = rows(torch.int64)
-        self.limit = rows(torch.int64)
-        self.temperature = rows(torch.float32)
-        self.uniforms = rows(torch.float64, max_new_tokens)
-        self.tokens = rows(torch.int64, max_new_tokens)
-        self.logprobs = rows(torch.float32, max_new_tokens)
-        self.confidence = rows(torch.float64, routers)
+        self.rows = Rows.empty(slots, max_new_tokens, routers, device)
         # On the host, which has memory for it once it is written: [slots, positions, routers, k].
         self.experts: Tensor | None = None
 
@@ -61,44 +125,58 @@ class SlotTable:
         """Tokens of the longest running sequence, prompt and generated; the last one is not cached yet."""
         return int(self.length[: self.count].max())
 
-    def admit(self, indices: Sequence[int], requests: Sequence[Request]) -> None:
-        """Append requests (with their place in the caller's list); `record` their first token next."""
+    def grow(self, slots: int, max_new_tokens: int, longest: int) -> None:
+        """Make room for more slots or longer requests; what is running stays."""
+        width = self.rows.tokens.shape[1]
+        if slots > self.slots or max_new_tokens > width:
+            self.rows = self.rows.grown(max(slots, self.slots), max(max_new_tokens, width))
+        if slots > self.slots:
+            length, self.length = self.length, torch.zeros(slots, dtype=torch.int64)
+            copy_into(self.length, length)
+        if self.experts is not None and (slots > self.slots or longest > self.positions):
+            held = self.experts
+            self.experts = held.new_empty(max(slots, self.slots), max(longest, self.positions), *held.shape[2:])
+            copy_into(self.experts, held)
+        self.slots, self.positions = max(slots, self.slots), max(longest, self.positions)
+
+    def admit(self, tickets: Sequence[int], requests: Sequence[Request]) -> None:
+        """Append requests; `record` their first token next."""
         start, stop = self.count, self.count + len(requests)
-        lengths = [len(request.prompt_ids) for request in requests]
+        rows = self.rows
         self.count = stop
-        self.request += indices
-        self.length[start:stop] = torch.tensor(lengths)
-        self.prompt[start:stop] = self.length[start:stop]
-        self.generated[start:stop] = 0
-        self.limit[start:stop] = torch.tensor([request.max_new_tokens for request in requests])
-        self.temperature[start:stop] = torch.tensor([request.temperature for request in requests])
+        self.tickets += tickets
+        self.length[start:stop] = torch.tensor([len(request.prompt_ids) for request in requests])
+        rows.prompt[start:stop] = self.length[start:stop]
+        rows.generated[start:stop] = 0
+        rows.limit[start:stop] = torch.tensor([request.max_new_tokens for request in requests])
+        rows.temperature[start:stop] = torch.tensor([request.temperature for request in requests])
         for row, request in enumerate(requests, start):
             uniforms = request_uniforms(request.seed, request.max_new_tokens)
-            self.uniforms[row, : len(uniforms)] = uniforms
+            rows.uniforms[row, : len(uniforms)] = uniforms
 
     def current(self) -> tuple[Tensor, Tensor]:
-        """The newest token of each running sequence and its position, both [n, 1]; neither is cached yet."""
-        last = self.generated[: self.count, None] - 1
-        return self.tokens[: self.count].gather(1, last), self.prompt[: self.count, None] + last
+        """Return the newest token of each running sequence and its position, both [n, 1]; neither is cached yet."""
+        last = self.rows.generated[: self.count, None] - 1
+        return self.rows.tokens[: self.count].gather(1, last), self.rows.prompt[: self.count, None] + last
 
     def record(self, start: int, logits: Tensor) -> list[int]:
         """Sample the next token of the slots start … count−1 from logits [count − start, V].
 
         Returns the slots that have finished, ascending.
         """
-        rows = slice(start, self.count)
-        at = self.generated[rows, None]
-        uniform = self.uniforms[rows].gather(1, at)[:, 0]
-        tokens, logprobs = pick_tokens(logits, self.temperature[rows], uniform)
-        self.tokens[rows].scatter_(1, at, tokens[:, None])
-        self.logprobs[rows].scatter_(1, at, logprobs[:, None])
-        self.generated[rows] += 1
-        self.length[rows] += 1
-        ended = torch.isin(tokens, self.eos) | (self.generated[rows] >= self.limit[rows])
+        new, rows = slice(start, self.count), self.rows
+        at = rows.generated[new, None]
+        uniform = rows.uniforms[new].gather(1, at)[:, 0]
+        tokens, logprobs = pick_tokens(logits, rows.temperature[new], uniform)
+        rows.tokens[new].scatter_(1, at, tokens[:, None])
+        rows.logprobs[new].scatter_(1, at, logprobs[:, None])
+        rows.generated[new] += 1
+        self.length[new] += 1
+        ended = torch.isin(tokens, self.eos) | (rows.generated[new] >= rows.limit[new])
         return [start + row for row in ended.nonzero()[:, 0].tolist()]
 
-    def route(self, rows: slice, first: Tensor, experts_LsSk: Tensor) -> None:
-        """Keep which experts were activated: in each of these slots at S positions from `first` [rows] on.
+    def route(self, slots: slice, first: Tensor, experts_LsSk: Tensor) -> None:
+        """Keep which experts were activated: in each of these slots at S positions from `first` [slots] on.
 
         Positions after a sequence's end are overwritten later, or never read.
         """
@@ -106,67 +184,57 @@ class SlotTable:
         if self.experts is None:
             self.experts = torch.empty(self.slots, self.positions, layers, k, dtype=experts_LsSk.dtype)
         at = first.cpu()[:, None] + torch.arange(width)
-        slots = torch.arange(rows.start, rows.stop)[:, None].expand_as(at)
+        rows = torch.arange(slots.start, slots.stop)[:, None].expand_as(at)
         inside = at < self.positions
-        self.experts[slots[inside], at[inside]] = experts_LsSk.cpu().permute(1, 2, 0, 3)[inside]
+        self.experts[rows[inside], at[inside]] = experts_LsSk.cpu().permute(1, 2, 0, 3)[inside]
 
-    def samples(self, rows: list[int], weight_version: int) -> list[Sample]:
-        """What the given slots have produced.
+    def samples(self, slots: list[int], weight_version: int) -> list[Sample]:
+        """Return what the given slots have produced.
 
         RuntimeError if a log-prob is not finite: the weights are broken, nothing sampled is of use.
         """
-        counts = self.generated[rows].tolist()
-        tokens = self.tokens[rows].cpu()
-        logprobs = self.logprobs[rows].cpu()
-        confidence = self.confidence[rows].cpu()
-        stopped = torch.isin(self.tokens[rows, [count - 1 for count in counts]], self.eos).tolist()
+        rows = self.rows
+        counts = rows.generated[slots].tolist()
+        tokens, logprobs, confidence = (x[slots].cpu() for x in (rows.tokens, rows.logprobs, rows.confidence))
+        stopped = torch.isin(rows.tokens[slots, [count - 1 for count in counts]], self.eos).tolist()
         samples = []
-        for row, count in enumerate(counts):
+        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
             if not torch.isfinite(logprobs[row, :count]).all():
                 raise RuntimeError(
                     f"the model gave a log-prob that is not finite (weight version {weight_version}); "
                     "its weights or activations have overflowed"
                 )
+            reason: FinishReason = "stop" if stopped[row] else "length"
             samples.append(
                 Sample(
                     completion_ids=tokens[row, :count].clone(),
                     logprobs=logprobs[row, :count].clone(),
-                    finish_reason="stop" if stopped[row] else "length",
+                    finish_reason=reason,
                     weight_version=weight_version,
                     routing_confidence=(confidence[row] / count).float() if confidence.shape[1] else None,
                     routed_experts=None
                     if self.experts is None
-                    else self.experts[rows[row], : int(self.length[rows[row]]) - 1].clone(),
+                    else self.experts[slot, : int(self.length[slot]) - 1].clone(),
                 )
             )
         return samples
 
-    def release(self, rows: list[int]) -> tuple[list[int], list[int]]:
-        """Drop finished slots and close the gaps with the last running ones.
+    def release(self, slots: list[int]) -> tuple[list[int], list[int]]:
+        """Drop these slots, ascending, and close the gaps with the last running ones.
 
         Returns (sources, targets): the cache has to move the same way.
         """
-        left = self.count - len(rows)
-        gone = set(rows)
-        targets = [row for row in rows if row < left]
-        sources = [row for row in range(left, self.count) if row not in gone]
+        left = self.count - len(slots)
+        gone = set(slots)
+        targets = [slot for slot in slots if slot < left]
+        sources = [slot for slot in range(left, self.count) if slot not in gone]
         if targets:
             if self.experts is not None:
                 self.experts[targets, : self.longest] = self.experts[sources, : self.longest]
-            for state in (
-                self.length,
-                self.prompt,
-                self.generated,
-                self.limit,
-                self.temperature,
-                self.uniforms,
-                self.tokens,
-                self.logprobs,
-                self.confidence,
-            ):
+            for state in (self.length, *vars(self.rows).values()):
                 state[targets] = state[sources]
             for source, target in zip(sources, targets, strict=True):
-                self.request[target] = self.request[source]
+                self.tickets[target] = self.tickets[source]
         self.count = left
-        del self.request[left:]
+        del self.tickets[left:]
         return sources, targets

@@ -32,8 +32,8 @@ from model.build import build_policy
 from model.critic import Critic
 from model.facts import count_flops
 from rollouts.native.engine import NativeEngine
-from rollouts.sampler import publish
-from rollouts.trajectory import Prompt, Trajectory
+from rollouts.sampler import published
+from rollouts.trajectory import Prompt, Trajectory, Turn
 from support.batches import method_of, settings_of, targets_of
 
 TRAJECTORIES = 13
@@ -42,7 +42,7 @@ TRAJECTORIES = 13
 class DeafEngine(NativeEngine):
     """Says that it took the weights, and goes on with the old ones, as real engines were seen to do."""
 
-    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         self.weight_version = version
 
 
@@ -55,6 +55,7 @@ def trajectory(number: int, generator: torch.Generator) -> Trajectory:
         completion_ids=torch.randint(7, 90, (length,), generator=generator),
         action_mask=torch.ones(length, dtype=torch.bool),
         rollout_logprobs=-torch.rand(length, generator=generator) - 4,
+        turns=(Turn((0, length), 0, "stop"),),
         finish_reason="length" if number % 3 == 0 else "stop",
         weight_version=0,
         routing_confidence=None,

@@ -3,9 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +16,6 @@ from mispo.metrics.routing import (
     rollout_confidence,
     routing_metrics,
 )
-from rollouts.records import save_rollouts, save_samples
-from rollouts.trajectory import Prompt, Trajectory
 from support.threads import in_ranks
 
 
@@ -193,38 +189,3 @@ def test_a_tenth_of_the_first_tokens_is_low_by_construction() -> None:
 def test_rollout_confidence_weighs_trajectories_by_their_tokens() -> None:
     seen = rollout_confidence(torch.tensor([[0.2, 0.4], [0.8, 1.0]]), torch.tensor([1.0, 3.0]), lambda x: x)
     assert seen == {"moe/rollout_confidence/mean": pytest.approx((0.3 * 1 + 0.9 * 3) / 4)}
-
-
-def trajectory(index: int) -> Trajectory:
-    prompt = Prompt(torch.tensor([5, 6]), "ones in 5?", "2", {}, index)
-    return Trajectory(
-        prompt=prompt,
-        sample=1,
-        seed=2**62 + index,
-        completion_ids=torch.arange(3) + index,
-        action_mask=torch.ones(3, dtype=torch.bool),
-        rollout_logprobs=torch.tensor([-0.1, -0.2, -0.3]),
-        finish_reason="length",
-        weight_version=9,
-        routing_confidence=None,
-        routed_experts=None,
-        completion="<think>5",
-        reward=0.5,
-        reward_info={"outcome": "ok"},
-    )
-
-
-def test_rollouts_come_back_from_parquet_with_the_callers_columns(tmp_path: Path) -> None:
-    path = tmp_path / "rollouts/step_1.parquet"
-    save_rollouts(path, [trajectory(0), trajectory(1)], {"multiplicity": [1, 0]})
-    first, second = pq.read_table(path).to_pylist()
-    assert first["completion_ids"] == [0, 1, 2]
-    assert second["seed"] == 2**62 + 1
-    assert second["rollout_logprobs"] == pytest.approx([-0.1, -0.2, -0.3])
-    assert (first["multiplicity"], second["multiplicity"]) == (1, 0)
-    assert (first["finish_reason"], first["weight_version"], first["outcome"]) == ("length", 9, "ok")
-
-
-def test_samples_without_their_keys_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="lacks answer"):
-        save_samples(tmp_path / "s.jsonl", [{"question": "", "completion": "", "reward": 0}])

@@ -1,16 +1,11 @@
 """Prompts move between ranks until the work is even."""
 
-from pathlib import Path
 from random import Random
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mispo.replay import load_step
 from mispo.trainer.balance import balanced, loads_of
-from rollouts.records import save_rollouts
-from rollouts.trajectory import Prompt, Trajectory
 
 COSTS = st.lists(st.floats(0, 100), min_size=1, max_size=40)
 
@@ -36,28 +31,3 @@ def test_few_things_move() -> None:
     after = balanced([10.0, 10.0, 10.0, 1.0, 1.0, 8.0], [0, 0, 0, 1, 1, 1], 2)
     assert sum(after[i] != owner for i, owner in enumerate([0, 0, 0, 1, 1, 1])) == 1
     assert loads_of([10.0, 10.0, 10.0, 1.0, 1.0, 8.0], after, 2) == [20.0, 20.0]
-
-
-def test_a_replay_of_several_ranks_files_has_the_order_of_the_step(tmp_path: Path) -> None:
-    for rank, positions in enumerate(([2, 3, 6, 7], [0, 1, 4, 5])):
-        trajectories = [trajectory(position) for position in positions]
-        save_rollouts(tmp_path / f"step_1.rank{rank}.parquet", trajectories, {"position": positions})
-    found = load_step(tmp_path / "step_1.parquet")
-    assert [int(t.completion_ids[0]) for t in found] == list(range(8))
-
-
-def trajectory(position: int) -> Trajectory:
-    return Trajectory(
-        prompt=Prompt(torch.tensor([1]), "q", "a", {}, position // 2),
-        sample=position % 2,
-        seed=0,
-        completion_ids=torch.tensor([position]),
-        action_mask=torch.tensor([True]),
-        rollout_logprobs=torch.tensor([-1.0]),
-        finish_reason="stop",
-        weight_version=0,
-        routing_confidence=None,
-        routed_experts=None,
-        completion="",
-        reward=0.0,
-    )

@@ -15,7 +15,7 @@ from mispo.trainer.scoring import score_logprobs, score_policy, score_values
 from model.build import build_policy
 from model.critic import Critic
 from model.moe.replay import RouterReplay
-from rollouts.trajectory import Prompt, Trajectory
+from rollouts.trajectory import Prompt, Trajectory, Turn
 from support.batches import Plain, batch_of
 
 LAYOUTS = [Layout(10**6), Layout(16), Layout(40, packed=True)]
@@ -104,6 +104,7 @@ def test_trajectories_bring_their_experts_or_are_refused() -> None:
         completion_ids=torch.tensor([7, 8]),
         action_mask=torch.tensor([True, True]),
         rollout_logprobs=torch.zeros(2),
+        turns=(Turn((0, 2), 0, "stop"),),
         finish_reason="stop",
         weight_version=0,
         routing_confidence=torch.tensor([0.5]),

@@ -16,7 +16,7 @@ from model.moe.routers import find_routers, keep_router_fp32
 from model.presets import preset_config
 from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
-from rollouts.engine import Request
+from rollouts.engine import Request, run_all
 from rollouts.native.engine import NativeEngine
 
 SETTINGS = {"tiny": {}, "limits": {"swiglu_limits_shared": [0.0, 0.5, 0.0, 2.0]}}
@@ -61,7 +61,7 @@ def sampled(request: pytest.FixtureRequest) -> Sampled:
     lengths = torch.randint(4, 20, (64,), generator=generator).tolist()
     prompts = [torch.randint(7, len(tokenizer), (length,), generator=generator) for length in lengths]
     engine = NativeEngine(policy, [tokenizer.eos_token_id], tokenizer.pad_token_id, 32)
-    samples = engine.generate([Request(ids, seed, 96, 1.0) for seed, ids in enumerate(prompts)])
+    samples = run_all(engine, [Request(ids, seed, 96, 1.0) for seed, ids in enumerate(prompts)])
     pairs = [(ids.tolist(), sample.completion_ids.tolist()) for ids, sample in zip(prompts, samples, strict=True)]
     return Sampled(policy, pairs, [sample.logprobs for sample in samples])
 

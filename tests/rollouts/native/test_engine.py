@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from model.moe.routers import RoutingRecorder
-from rollouts.engine import Request, Sample
-from rollouts.native.engine import ROUTING_STEPS, NativeEngine
+from rollouts.engine import Request, Sample, run_all
+from rollouts.native.engine import NativeEngine
+from rollouts.native.running import ROUTING_STEPS
 from support.tiny_models import VOCAB, tiny_model
 
 EOS = (1, 2)
@@ -58,7 +59,7 @@ def test_logprobs_equal_full_forward_over_refills_and_window_edge(any_model: Pre
     requests = [
         replace(request, temperature=(1.3, 0.7, 0.0)[index % 3]) for index, request in enumerate(ragged_requests(24))
     ]
-    samples = engine_of(any_model).generate(requests)
+    samples = run_all(engine_of(any_model), requests)
     totals = [len(r.prompt_ids) + len(s.completion_ids) for r, s in zip(requests, samples, strict=True)]
     assert max(totals) > 4 * WINDOW
     assert (
@@ -75,8 +76,8 @@ def test_logprobs_equal_full_forward_over_refills_and_window_edge(any_model: Pre
 
 def test_eager_attention_gives_the_same() -> None:
     requests = ragged_requests(8)
-    sdpa = engine_of(tiny_model("step")).generate(requests)
-    eager = engine_of(tiny_model("step", attention="eager")).generate(requests)
+    sdpa = run_all(engine_of(tiny_model("step")), requests)
+    eager = run_all(engine_of(tiny_model("step", attention="eager")), requests)
     assert_same(sdpa, eager, 1e-5)
 
 
@@ -84,7 +85,7 @@ def test_eager_attention_gives_the_same() -> None:
 def test_greedy_equals_generate(family: str) -> None:
     model = tiny_model(family)
     requests = ragged_requests(10, temperature=0.0)
-    for request, sample in zip(requests, engine_of(model).generate(requests), strict=True):
+    for request, sample in zip(requests, run_all(engine_of(model), requests), strict=True):
         ids = request.prompt_ids[None]
         expected = model.generate(
             ids,
@@ -103,7 +104,7 @@ def test_first_token_frequencies_match_softmax(step_model: PreTrainedModel) -> N
     prompt = torch.tensor([5, 9, 11])
     count, temperature = 4000, 1.5
     requests = [Request(prompt, seed, 1, temperature) for seed in range(count)]
-    samples = engine_of(step_model, slots=1000).generate(requests)
+    samples = run_all(engine_of(step_model, slots=1000), requests)
     observed = torch.bincount(torch.cat([s.completion_ids for s in samples]), minlength=VOCAB).double()
     with torch.no_grad():
         logits = step_model(input_ids=prompt[None]).logits[0, -1].double()
@@ -120,14 +121,14 @@ def test_first_token_frequencies_match_softmax(step_model: PreTrainedModel) -> N
 
 def test_results_do_not_depend_on_the_number_of_slots(any_model: PreTrainedModel) -> None:
     requests = ragged_requests(20)
-    two = engine_of(any_model, slots=2).generate(requests)
-    assert_same(two, engine_of(any_model, slots=8).generate(requests), 1e-5)
-    assert_same(two, engine_of(any_model, slots=8, prefill_tokens=16).generate(requests), 1e-5)
+    two = run_all(engine_of(any_model, slots=2), requests)
+    assert_same(two, run_all(engine_of(any_model, slots=8), requests), 1e-5)
+    assert_same(two, run_all(engine_of(any_model, slots=8, prefill_tokens=16), requests), 1e-5)
 
 
 def test_repeats_bit_for_bit(step_model: PreTrainedModel) -> None:
     engine, requests = engine_of(step_model), ragged_requests(12)
-    first, second = engine.generate(requests), engine.generate(requests)
+    first, second = run_all(engine, requests), run_all(engine, requests)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.completion_ids, other.completion_ids)
         assert torch.equal(one.logprobs, other.logprobs)
@@ -136,7 +137,7 @@ def test_repeats_bit_for_bit(step_model: PreTrainedModel) -> None:
 
 def test_finish_reason_says_why(step_model: PreTrainedModel) -> None:
     requests = ragged_requests(24, temperature=1.5)
-    samples = engine_of(step_model).generate(requests)
+    samples = run_all(engine_of(step_model), requests)
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
     for request, sample in zip(requests, samples, strict=True):
         ended = [token in EOS for token in sample.completion_ids.tolist()]
@@ -148,8 +149,8 @@ def test_finish_reason_says_why(step_model: PreTrainedModel) -> None:
 def test_end_token_at_the_limit_is_a_stop(step_model: PreTrainedModel) -> None:
     prompt = torch.tensor([4, 5])
     greedy = Request(prompt, 0, 5, 0.0)
-    fifth = int(NativeEngine(step_model, [], 0, 1).generate([greedy])[0].completion_ids[4])
-    (sample,) = NativeEngine(step_model, [fifth], 0, 1).generate([greedy])
+    fifth = int(run_all(NativeEngine(step_model, [], 0, 1), [greedy])[0].completion_ids[4])
+    (sample,) = run_all(NativeEngine(step_model, [fifth], 0, 1), [greedy])
     assert int(sample.completion_ids[-1]) == fifth
     assert sample.finish_reason == "stop"
 
@@ -158,7 +159,7 @@ def test_end_token_at_the_limit_is_a_stop(step_model: PreTrainedModel) -> None:
 def test_routing_confidence_equals_full_forward(family: str) -> None:
     model = tiny_model(family)
     requests = ragged_requests(10)
-    samples = engine_of(model).generate(requests)
+    samples = run_all(engine_of(model), requests)
     routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
     assert len(routers) == 2
     seen: list[tuple[Tensor, Tensor]] = []
@@ -177,7 +178,7 @@ def test_routing_confidence_equals_full_forward(family: str) -> None:
 
 
 def test_dense_model_has_no_routing_confidence() -> None:
-    (sample,) = engine_of(tiny_model("llama")).generate(ragged_requests(1))
+    (sample,) = run_all(engine_of(tiny_model("llama")), ragged_requests(1))
     assert sample.routing_confidence is None
 
 
@@ -186,8 +187,8 @@ def test_finished_sequences_cost_nothing(step_model: PreTrainedModel) -> None:
     requests = [Request(torch.tensor([5, 6, 7]), 0, limit, 1.0) for limit in limits]
     engine = NativeEngine(step_model, [], 0, 4)
     rows: list[int] = []
-    engine.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
-    engine.generate(requests)
+    engine.decoder.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    run_all(engine, requests)
     assert rows == [4, 3, 3] + [2] * 3 + [1] * 6
     assert sum(rows) == sum(limits)
 
@@ -196,8 +197,8 @@ def test_logits_never_exceed_the_slots(step_model: PreTrainedModel) -> None:
     requests = ragged_requests(12)
     engine = engine_of(step_model, slots=3)
     sizes: list[int] = []
-    engine.head.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[:-1].numel()))
-    samples = engine.generate(requests)
+    engine.decoder.head.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[:-1].numel()))
+    samples = run_all(engine, requests)
     engine.score([(r.prompt_ids, s.completion_ids) for r, s in zip(requests, samples, strict=True)], 1.0)
     assert max(sizes) == 3
 
@@ -206,23 +207,23 @@ def test_logits_never_exceed_the_slots(step_model: PreTrainedModel) -> None:
 def test_score_equals_full_forward(any_model: PreTrainedModel, temperature: float) -> None:
     requests = ragged_requests(9, temperature=temperature)
     engine = engine_of(any_model, prefill_tokens=100)
-    completions = [sample.completion_ids for sample in engine.generate(requests)]
+    completions = [sample.completion_ids for sample in run_all(engine, requests)]
     pairs = [(r.prompt_ids, ids) for r, ids in zip(requests, completions, strict=True)]
     for request, ids, scored in zip(requests, completions, engine.score(pairs, temperature), strict=True):
         assert float((scored - reference_logprobs(any_model, request, ids)).abs().max()) <= 1e-5
 
 
-def test_load_weights_takes_effect(step_model: PreTrainedModel) -> None:
+def test_load_takes_effect(step_model: PreTrainedModel) -> None:
     requests = ragged_requests(4)
     engine = engine_of(step_model)
-    before = engine.generate(requests)
+    before = run_all(engine, requests)
     weights = {name: tensor * 1.1 for name, tensor in step_model.state_dict().items()}
-    engine.load_weights(weights, version=4)
-    after = engine.generate(requests)
+    engine.load(weights, version=4)
+    after = run_all(engine, requests)
     assert [sample.weight_version for sample in before + after] == [0] * 4 + [4] * 4
     assert all(not torch.equal(b.logprobs[:1], a.logprobs[:1]) for b, a in zip(before, after, strict=True))
     weights["lm_head.weight"].zero_()
-    assert_same(after, engine.generate(requests), 0.0)
+    assert_same(after, run_all(engine, requests), 0.0)
 
 
 def test_converted_weights_are_what_would_be_loaded(step_model: PreTrainedModel) -> None:
@@ -230,13 +231,13 @@ def test_converted_weights_are_what_would_be_loaded(step_model: PreTrainedModel)
     engine = engine_of(step_model.to(torch.bfloat16))
     converted = engine.converted(weights)
     assert {tensor.dtype for tensor in converted.values()} == {torch.bfloat16}
-    engine.load_weights(weights, version=1)
+    engine.load(weights, version=1)
     loaded = {name: tensor.clone() for name, tensor in step_model.state_dict().items()}
-    engine.load_weights(converted, version=2)
+    engine.load(converted, version=2)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in step_model.state_dict().items())
 
 
-def test_load_weights_names_every_problem_and_changes_nothing(step_model: PreTrainedModel) -> None:
+def test_load_names_every_problem_and_changes_nothing(step_model: PreTrainedModel) -> None:
     engine = engine_of(step_model)
     weights = {name: tensor + 1 for name, tensor in step_model.state_dict().items()}
     kept = {name: tensor.clone() for name, tensor in step_model.state_dict().items()}
@@ -244,7 +245,7 @@ def test_load_weights_names_every_problem_and_changes_nothing(step_model: PreTra
     weights["lm_head.weight"] = torch.zeros(3, 4)
     weights["model.extra.weight"] = torch.zeros(1)
     with pytest.raises(ValueError) as error:
-        engine.load_weights(weights, version=1)
+        engine.load(weights, version=1)
     text = str(error.value)
     assert "missing model.norm.weight" in text
     assert "unknown model.extra.weight" in text
@@ -253,11 +254,11 @@ def test_load_weights_names_every_problem_and_changes_nothing(step_model: PreTra
     assert all(torch.equal(kept[name], tensor) for name, tensor in step_model.state_dict().items())
 
 
-def test_load_weights_accepts_a_tied_tensor_under_one_name() -> None:
+def test_load_accepts_a_tied_tensor_under_one_name() -> None:
     model = tiny_model("llama")
     engine = engine_of(model)
     weights = {name: tensor * 2 for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    engine.load_weights(weights, version=1)
+    engine.load(weights, version=1)
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
 
 
@@ -265,39 +266,39 @@ def test_load_weights_accepts_a_tied_tensor_under_one_name() -> None:
     ("request_", "message"),
     [
         (Request(torch.tensor([], dtype=torch.int64), 0, 4, 1.0), "the prompt is empty"),
-        (Request(torch.tensor([3]), 0, 0, 1.0), "max_new_tokens is 0"),
-        (Request(torch.tensor([3]), 0, 4, -1.0), "temperature is -1.0"),
+        (Request(torch.tensor([3]), 0, 0, 1.0), "max_new_tokens must be at least 1"),
+        (Request(torch.tensor([3]), 0, 4, -1.0), "temperature must be at least 0"),
         (Request(torch.full((100,), 3), 0, 29, 1.0), "more than the model's 128 positions"),
     ],
 )
 def test_bad_requests_are_named(step_model: PreTrainedModel, request_: Request, message: str) -> None:
     good = Request(torch.full((100,), 3), 0, 28, 1.0)
     with pytest.raises(ValueError, match=f"request 1: .*{message}"):
-        engine_of(step_model).generate([good, request_])
+        run_all(engine_of(step_model), [good, request_])
 
 
 def test_no_requests_no_samples(step_model: PreTrainedModel) -> None:
-    assert engine_of(step_model).generate([]) == []
+    assert run_all(engine_of(step_model), []) == []
 
 
 def test_broken_weights_are_an_error(step_model: PreTrainedModel) -> None:
     engine, requests = engine_of(step_model), ragged_requests(6)
     healthy = {name: tensor.clone() for name, tensor in step_model.state_dict().items()}
-    before = engine.generate(requests)
+    before = run_all(engine, requests)
     broken = {**healthy, "lm_head.weight": torch.full((VOCAB, 32), math.nan)}
-    engine.load_weights(broken, version=7)
+    engine.load(broken, version=7)
     with pytest.raises(RuntimeError, match=r"not finite \(weight version 7\)"):
-        engine.generate(requests)
-    engine.load_weights(healthy, version=8)
-    assert_same(before, engine.generate(requests), 0.0)
+        run_all(engine, requests)
+    engine.load(healthy, version=8)
+    assert_same(before, run_all(engine, requests), 0.0)
 
 
 def test_interrupt_leaves_the_engine_usable(step_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, requests = engine_of(step_model), ragged_requests(8)
-    before = engine.generate(requests)
+    before = run_all(engine, requests)
     hooks = sum(len(module._forward_hooks) for module in step_model.modules())
     calls = 0
-    forward = engine.head.forward
+    forward = engine.decoder.head.forward
 
     def interrupted(states: Tensor) -> Tensor:
         nonlocal calls
@@ -307,11 +308,11 @@ def test_interrupt_leaves_the_engine_usable(step_model: PreTrainedModel, monkeyp
         return forward(states)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.head, "forward", interrupted)
+        patch.setattr(engine.decoder.head, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            engine.generate(requests)
+            run_all(engine, requests)
     assert sum(len(module._forward_hooks) for module in step_model.modules()) == hooks
-    assert_same(before, engine.generate(requests), 0.0)
+    assert_same(before, run_all(engine, requests), 0.0)
 
 
 def test_model_with_scaled_logits_is_refused() -> None:
@@ -336,7 +337,7 @@ def test_attention_without_slot_masks_is_refused(step_model: PreTrainedModel) ->
 
 
 def test_zero_slots_are_refused(step_model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.slots: 0"):
+    with pytest.raises(ValueError, match=r"engine\.slots must be at least 1"):
         engine_of(step_model, slots=0)
 
 
@@ -345,7 +346,7 @@ def test_recorded_experts_are_those_of_a_full_forward(family: str) -> None:
     model = tiny_model(family)
     requests = ragged_requests(30)
     engine = engine_of(model, slots=8, record_experts=True)
-    samples = engine.generate(requests)
+    samples = run_all(engine, requests)
     assert max(len(sample.completion_ids) for sample in samples) > ROUTING_STEPS  # several readings of one sequence
     for request, sample in zip(requests, samples, strict=True):
         with torch.no_grad(), RoutingRecorder(model) as recorder:
@@ -357,16 +358,16 @@ def test_recorded_experts_are_those_of_a_full_forward(family: str) -> None:
 
 
 def test_experts_are_recorded_only_on_request(step_model: PreTrainedModel) -> None:
-    (sample,) = engine_of(step_model).generate(ragged_requests(1))
+    (sample,) = run_all(engine_of(step_model), ragged_requests(1))
     assert sample.routed_experts is None
-    (sample,) = engine_of(tiny_model("llama"), record_experts=True).generate(ragged_requests(1))
+    (sample,) = run_all(engine_of(tiny_model("llama"), record_experts=True), ragged_requests(1))
     assert sample.routed_experts is None
 
 
 def test_scores_with_replayed_experts(step_model: PreTrainedModel) -> None:
     requests = ragged_requests(6)
     engine = engine_of(step_model, record_experts=True)
-    samples = engine.generate(requests)
+    samples = run_all(engine, requests)
     pairs = [(request.prompt_ids, s.completion_ids) for request, s in zip(requests, samples, strict=True)]
     own = [sample.routed_experts for sample in samples]
     free = engine.score(pairs, 1.0)

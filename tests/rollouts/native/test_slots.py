@@ -1,8 +1,9 @@
-"""Inverse-CDF sampling."""
+"""Inverse-CDF sampling, and the table of slots."""
 
 import torch
 
-from rollouts.native.sampling import pick_tokens, request_uniforms
+from rollouts.engine import Request
+from rollouts.native.slots import SlotTable, pick_tokens, request_uniforms
 
 
 def test_each_uniform_falls_into_its_token() -> None:
@@ -43,3 +44,33 @@ def test_uniforms_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first, request_uniforms(2**63 - 2, 50))
     assert float(first.min()) >= 0
     assert float(first.max()) < 1
+
+
+def requests_of(*limits: int) -> list[Request]:
+    return [Request(torch.arange(limit), limit, limit, 1.0) for limit in limits]
+
+
+def test_a_table_that_grows_keeps_what_is_running() -> None:
+    device = torch.device("cpu")
+    table = SlotTable(2, 4, 8, 1, [0], device)
+    table.admit([7, 8], requests_of(3, 4))
+    table.record(0, torch.eye(5)[[2, 3]] * 100)
+    table.route(slice(0, 2), torch.tensor([0, 0]), torch.arange(16, dtype=torch.uint8).reshape(1, 2, 4, 2))
+    kept = table.experts[:, :4].clone()
+    table.grow(5, 9, 18)
+    assert (table.slots, table.free, table.tickets) == (5, 3, [7, 8])
+    assert table.rows.tokens[:2].tolist() == [[2] + [0] * 8, [3] + [0] * 8]
+    assert torch.equal(table.rows.uniforms[1, :4], request_uniforms(4, 4))
+    assert torch.equal(table.experts[:2, :4], kept)
+    table.admit([9], requests_of(9))
+    assert table.length[:3].tolist() == [4, 5, 9]
+    table.grow(1, 1, 1)
+    assert (table.slots, table.positions, table.rows.tokens.shape[1]) == (5, 18, 9)
+
+
+def test_gaps_are_closed_with_the_last_sequences() -> None:
+    table = SlotTable(5, 4, 8, 0, [0], torch.device("cpu"))
+    table.admit([10, 11, 12, 13, 14], requests_of(1, 2, 3, 4, 4))
+    assert table.release([0, 3]) == ([4], [0])
+    assert table.tickets == [14, 11, 12]
+    assert table.rows.limit[:3].tolist() == [4, 2, 3]

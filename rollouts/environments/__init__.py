@@ -1,0 +1,1 @@
+"""Environments: what stands between a prompt and the engine."""
