@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 NOTICE = b"\nstopping: the updates of this step are finished and a checkpoint is written; once more ends it at once\n"
-
-
-class _Broken(BaseException):
-    """Leaves a breakable block; no library takes it for an error."""
 
 
 class Interrupt:
     """What signals have asked for, on this rank.
 
     asked: whether one has come since `arm`. The loop looks at it where all ranks can agree; work that may be thrown
-    away, such as sampling, stands in a `breakable` block and ends at once.
+    away, such as sampling, looks at it often and ends early.
     """
 
     def __init__(self) -> None:
         self._received: set[int] = set()
-        self._breakable = False
         self._talks = False
         self._echoes = False
 
@@ -33,7 +26,7 @@ class Interrupt:
         return bool(self._received)
 
     def arm(self, *, talks: bool, launched: bool = False) -> None:
-        """From now on signals ask; before, they raise KeyboardInterrupt.
+        """Let signals ask from now on; before, they raise KeyboardInterrupt.
 
         talks: whether this rank says so. launched: by a launcher, which passes a SIGTERM on that Slurm may have sent to
         this process as well: a second one is then an echo. Launchers kill what does not end.
@@ -41,18 +34,6 @@ class Interrupt:
         self._talks, self._echoes = talks, launched
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
-
-    @contextmanager
-    def breakable(self) -> Iterator[None]:
-        """A block that the first signal leaves early; what it was to compute is then missing, and `asked` is true."""
-        try:
-            self._breakable = True
-            yield
-            self._breakable = False
-        except _Broken:
-            assert self.asked
-        finally:
-            self._breakable = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Of the same kind: launchers send SIGTERM after the terminal's Ctrl-C.
@@ -63,11 +44,9 @@ class Interrupt:
         if self._talks and not self.asked:
             os.write(2, NOTICE)
         self._received.add(number)
-        if self._breakable:
-            raise _Broken
 
 
 def exit_at_once() -> None:
-    """A further signal ends the process without a word; for the time in which a stopped run is put away."""
+    """Let a further signal end the process without a word, for the time in which a stopped run is put away."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))

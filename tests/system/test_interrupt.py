@@ -40,25 +40,10 @@ def test_under_a_launcher_a_second_sigterm_is_an_echo_of_the_first(interrupt: In
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_breakable_block_is_left_at_once_and_what_follows_goes_on(interrupt: Interrupt) -> None:
+def test_what_runs_when_the_first_signal_comes_goes_on(interrupt: Interrupt) -> None:
     reached = []
-    with interrupt.breakable():
-        reached.append("inside")
-        os.kill(os.getpid(), signal.SIGTERM)
-        reached.append("behind the signal")
-    assert reached == ["inside"]
-    assert interrupt.asked
-    with interrupt.breakable():
-        reached.append("again")
-    assert reached == ["inside", "again"]
-
-
-def test_errors_pass_through_a_breakable_block(interrupt: Interrupt) -> None:
-    def fail() -> None:
-        with interrupt.breakable():
-            raise ValueError("a verifier's own")
-
-    with pytest.raises(ValueError, match="a verifier's own"):
-        fail()
-    os.kill(os.getpid(), signal.SIGINT)  # outside of the block: asks only
-    assert interrupt.asked
+    for number in range(3):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        reached.append((number, interrupt.asked))
+    assert reached == [(0, False), (1, True), (2, True)]
