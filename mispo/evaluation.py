@@ -15,7 +15,9 @@ from mispo.data.sources import SourceSettings, evaluation_problems
 from mispo.trainer.ranks import Ranks
 from rewards.pool import RewardPool
 from rollouts.engine import Engine
-from rollouts.sampler import RolloutWorker, grade
+from rollouts.environments.single_turn import SingleTurn
+from rollouts.episodes import Sampling, play_all
+from rollouts.grading import grade
 from rollouts.trajectory import Prompt, Trajectory
 
 EVAL_SEED = 2**31
@@ -183,15 +185,8 @@ class Evaluator:
     def _complete(self, prompts: Sequence[Prompt], samples: int, temperature: float) -> list[Trajectory]:
         """All samples of the first prompt, then of the second, …; not graded."""
         assert self.engine is not None, "evaluation sets need an engine"
-        worker = RolloutWorker(
-            self.engine,
-            self.tokenizer,
-            samples_per_prompt=samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            seed=EVAL_SEED,
-        )
-        return worker.sample(prompts)
+        sampling = Sampling(samples, self.max_new_tokens, temperature, EVAL_SEED)
+        return play_all(self.engine, SingleTurn(), self.tokenizer, prompts, sampling)
 
     def _reward(self, traces: Sequence[Trajectory]) -> float:
         return self._mean([trace.reward for trace in traces])

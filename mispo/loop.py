@@ -27,7 +27,8 @@ def train(run: Run) -> None:
         if run.learner.publisher:
             run.learner.publisher.record()
         run.sampler.publish(run.learner.due_weights())
-        run.journal.baseline(*run.evaluator.baseline())
+        baseline = run.evaluator.baseline()
+        run.journal.baseline(baseline.metrics, baseline.samples, baseline.notes)
         pretrain_critic(run)
     run.interrupt.arm(talks=run.ranks.first, launched=run.ranks.size > 1)
     for step in range((run.schedule.start or 0) + 1, run.schedule.steps + 1):

@@ -24,7 +24,7 @@ from mispo.warm_start.traces import careful_reference
 from model.tokenizer import character_tokenizer
 from rewards.pool import RewardPool
 from rewards.registry import PartSpec, RewardSpec
-from rollouts.sampler import request_seed
+from rollouts.episodes import request_seed
 from rollouts.trajectory import Prompt
 from support.data_files import gym, jsonl
 from support.scripted_engine import Script, ScriptedEngine

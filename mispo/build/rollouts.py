@@ -2,83 +2,35 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mispo.build.models import Models
 from mispo.build.setup import Setup
-from mispo.collect import collect
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data
-from mispo.evaluation import Evaluator
+from mispo.evaluation import Evaluator, Measure, References, build_sets, constant_guess
 from mispo.metrics.attribution import Attributor
-from mispo.replay import replayed
 from mispo.system.interrupt import Interrupt
 from mispo.trainer.learner import Learner
-from mispo.trainer.ranks import Ranks
-from rewards.workers import RewardPool, RewardSpec
-from rollouts.engine import Engine
-from rollouts.sampler import RolloutWorker, Sampler, Taken, Weights, publish
-from rollouts.trajectory import Trajectory
+from mispo.warm_start.traces import careful_reference
+from rewards.pool import RewardPool
+from rewards.registry import PartSpec, RewardSpec
+from rollouts.environments.single_turn import SingleTurn
+from rollouts.episodes import Sampling
+from rollouts.sampler import Sampler, StepSettings, SynchronousSampler
+from rollouts.saved import SavedSampler
+
+PERMUTED = "Control experiment: the rewards were shuffled within each step."
 
 
 def build_pool(config: MispoConfig) -> RewardPool:
     """Start the processes that grade."""
-    return RewardPool(
-        RewardSpec(config.reward.name, config.data.task, config.reward.format_weight),
-        config.reward.workers,
-        config.reward.timeout_s,
-    )
-
-
-@dataclass
-class WorkerSampler:
-    config: MispoConfig
-    data: Data
-    ranks: Ranks
-    pool: RewardPool
-    worker: RolloutWorker
-    interrupt: Interrupt
-    clock: Callable[[str], AbstractContextManager[None]]
-
-    def take(self, step: int) -> Taken:
-        return Taken(*collect(self, step, self.clock))
-
-    def permute(self, trajectories: list[Trajectory], step: int) -> list[Trajectory]:
-        if not self.config.reward.permute:
-            return trajectories
-        rewards = [t.reward for t in trajectories]
-        random.Random(self.config.seed * 1_000_003 + step).shuffle(rewards)
-        return [replace(t, reward=reward) for t, reward in zip(trajectories, rewards, strict=True)]
-
-    def publish(self, weights: Weights | None) -> dict[str, float]:
-        assert weights is not None
-        rollout = self.config.rollout
-        return publish(self.worker.engine, weights, rollout.parity_tolerance, rollout.temperature)
-
-    def close(self) -> None:
-        self.pool.close()
-
-
-@dataclass
-class FileSampler:
-    take_step: Callable[..., tuple[list[Trajectory], dict[str, float]]]
-    ranks: Ranks
-    config: MispoConfig
-    pool: RewardPool
-    clock: Callable[[str], AbstractContextManager[None]]
-
-    def take(self, step: int) -> Taken:
-        return Taken(*self.take_step(self, step, self.clock))
-
-    def publish(self, weights: Weights | None) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        self.pool.close()
+    parts = {"task": PartSpec(config.reward.name, 1 - config.reward.format_weight)}
+    if config.reward.format_weight:
+        parts["format"] = PartSpec("format", config.reward.format_weight)
+    return RewardPool(RewardSpec(parts, config.data.task), config.reward.workers, config.reward.timeout_s)
 
 
 def build_sampler(
@@ -91,36 +43,61 @@ def build_sampler(
     clock: Callable[[str], AbstractContextManager[None]],
     interrupt: Interrupt,
 ) -> Sampler:
-    config = setup.config
+    """Build what gives the trajectories of a step: an engine, or the files of another run."""
+    rollout, algorithm, ranks = setup.config.rollout, setup.config.algorithm, setup.ranks
     if models.engine is None:
-        return FileSampler(replayed(saved, models.vocabulary), setup.ranks, config, pool, clock)
-    worker = RolloutWorker(
-        models.engine,
-        models.policy.tokenizer,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        seed=config.seed,
+        pool.close()  # saved trajectories have their rewards
+        prompts, samples = rollout.prompts_per_step, rollout.samples_per_prompt
+        return SavedSampler(saved, prompts, samples, models.vocabulary, ranks, clock)
+    settings = StepSettings(
+        prompts_per_step=rollout.prompts_per_step,
+        sampling=Sampling(
+            samples_per_prompt=rollout.samples_per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            seed=setup.config.seed,
+        ),
+        permute=setup.config.reward.permute,
+        max_rounds=algorithm.max_rounds if algorithm.dynamic_sampling else None,
+        parity_tolerance=rollout.parity_tolerance,
     )
-    return WorkerSampler(config, data, setup.ranks, pool, worker, interrupt, clock)
+    return SynchronousSampler(
+        engine=models.engine,
+        environment=SingleTurn(),
+        prompts=data.stream.take,
+        grader=pool,
+        tokenizer=models.policy.tokenizer,
+        settings=settings,
+        peers=ranks,
+        asked=lambda: interrupt.asked,
+        clock=clock,
+    )
 
 
 def build_evaluator(setup: Setup, models: Models, data: Data, pool: RewardPool) -> Evaluator:
+    """Build what measures accuracy; without an engine it measures nothing."""
     config = setup.config
-    engine: Engine | None = models.engine
+    sets = build_sets(
+        data,
+        {},
+        models.policy.tokenizer,
+        samples=config.eval.samples,
+        seed=config.data.seed,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+    references: list[Measure] = [constant_guess, careful_reference(config.data.task, data.heldout)]
+    if config.reward.permute:
+        references.append(lambda _: References(notes=[PERMUTED]))
     return Evaluator(
-        engine=engine,
+        engine=models.engine,
         pool=pool,
         tokenizer=models.policy.tokenizer,
-        heldout=data.heldout if engine else [],
         ranks=setup.ranks,
-        task=config.data.task or Path(str(config.data.path)).stem,
-        samples=config.eval.samples,
+        sets=sets if models.engine else (),
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         traces=config.eval.traces,
-        toy=config.data.task,
-        permuted=config.reward.permute,
+        references=references,
     )
 
 

@@ -22,7 +22,7 @@ from mispo.run import Run
 from mispo.system.interrupt import Interrupt
 from mispo.trainer.checkpoint.states import Checkpoints
 from mispo.trainer.learner import Learner
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 
 SAVED = "saved rollouts of {} step{}: no engine, so no sampling, no weight sync, no evaluation"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,9 +48,7 @@ def train(
         config = load_config(overrides, config_dir)
         directory = run_directory(config, "rollouts" if saved else recipe_of(overrides))
     if saved:
-        from mispo.replay import replay_config
-
-        config = replay_config(config, saved)
+        config = _for_saved(config, saved)
         check_config(config)
     continues = resume is not None or is_same_run(directory, config, saved=bool(saved))
     if dry_run:
@@ -71,6 +70,17 @@ def split_rollouts(given: Sequence[str], overrides: Sequence[str]) -> tuple[list
         if not file.exists() and not any(file.parent.glob(f"{file.stem}.rank*{file.suffix}")):
             raise ValueError(f"--rollouts: no such file {str(file)!r}; give RUN/rollouts/step_N.parquet")
     return files, [*overrides, *(item for item in given if Path(item) not in files)]
+
+
+def _for_saved(config: MispoConfig, files: Sequence[Path]) -> MispoConfig:
+    """Return the config with one step per file, and as many prompts and samples as the files hold."""
+    from rollouts.saved import saved_sizes
+
+    if config.critic.pretrain_steps:
+        raise ValueError("critic.pretrain_steps: --rollouts samples nothing to pre-train on; set it to 0")
+    prompts, samples = saved_sizes(files)
+    rollout = replace(config.rollout, prompts_per_step=prompts, samples_per_prompt=samples)
+    return replace(config, rollout=rollout, trainer=replace(config.trainer, steps=len(files)))
 
 
 def run_directory(config: MispoConfig, name: str) -> RunDir:

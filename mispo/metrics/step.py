@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -55,7 +56,7 @@ def step_metrics(record: StepRecord, updates: Updates, about: About) -> dict[str
 
 
 def _outcomes(batch: Batch) -> dict[str, float]:
-    """reward/*, response_length/*, trunc/rate, rollout/lag: how the trajectories of the step ended."""
+    """reward/*, one of them for each named part, response_length/*, trunc/rate, rollout/lag: how the step ended."""
     everyone = batch.everyone
     lengths_B = everyone(torch.tensor([float(len(t)) for t in batch.trajectories]))
     rewards_B, truncated_B = everyone(batch.rewards_B), everyone(batch.truncated_B.long()).bool()
@@ -68,11 +69,17 @@ def _outcomes(batch: Batch) -> dict[str, float]:
         "response_length/max": lengths_B.max().item(),
         "response_length/clip_ratio": truncated_B.float().mean().item(),
         "trunc/rate": truncated_B.float().mean().item(),
-        "rollout/staleness": float(everyone(batch.lags_B).max()),
+        "rollout/lag": float(everyone(batch.lags_B).max()),
     }
+    for part in sorted({name for t in batch.trajectories for name in t.reward_parts}):
+        metrics[f"reward/{part}"] = everyone(_part_of(batch, part)).mean().item()
     if not truncated_B.all():
         metrics["reward/finished_mean"] = rewards_B[~truncated_B].mean().item()
     return metrics
+
+
+def _part_of(batch: Batch, part: str) -> Tensor:
+    return torch.tensor([t.reward_parts.get(part, math.nan) for t in batch.trajectories])
 
 
 def _filter(batch: Batch, targets: Targets) -> dict[str, float]:

@@ -143,7 +143,7 @@ def main() -> None:
         updates += learner.update_critic(batch, targets.values)
         unscored = Scores(PolicyScores(torch.zeros(tokens), torch.zeros(tokens), None), None, None)
         updates += learner.update_actor(batch, unscored, targets, method)
-    publish(engine, learner.due_weights(), tolerance=1e-4, temperature=1.0)
+    published(engine, learner.due_weights(), temperature=1.0, tolerance=1e-4)
     scores, _ = score_policy(actor, batch, layout, 1.0)
     values = score_values(critic, batch, layout)
     result = {

@@ -1,13 +1,12 @@
 """An engine that writes what a test says: it implements the protocol of rollouts/engine.py without any model."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rollouts.engine import Request, Sample
+from rollouts.engine import Capabilities, Request, Sample
 
 Script = Callable[[str, int, float], str]
 """(text of the prompt, number of the request for it, temperature) → completion."""
@@ -17,21 +16,34 @@ class ScriptedEngine:
     """`Engine` whose completions come from a script; those over the token limit are cut."""
 
     weight_version = 0
+    can = Capabilities(experts=False, replay=False, loops=False, stop_strings=False)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, script: Script) -> None:
         self.tokenizer = tokenizer
         self.script = script
         self.requests: list[Request] = []
+        self._ended: list[tuple[int, Sample]] = []
 
-    def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        self.requests += requests
-        asked: Counter[str] = Counter()
-        samples = []
-        for request in requests:
-            text = self.tokenizer.decode(request.prompt_ids)
-            samples.append(self._sample(request, self.script(text, asked[text], request.temperature)))
-            asked[text] += 1
-        return samples
+    def submit(self, request: Request) -> int:
+        text = self.tokenizer.decode(request.prompt_ids)
+        asked = [self.tokenizer.decode(earlier.prompt_ids) for earlier in self.requests].count(text)
+        self.requests.append(request)
+        sample = self._sample(request, self.script(text, asked, request.temperature))
+        self._ended.append((len(self.requests) - 1, sample))
+        return len(self.requests) - 1
+
+    def finished(self) -> list[tuple[int, Sample]]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel(self, tickets: Collection[int]) -> None:
+        self._ended = [(ticket, sample) for ticket, sample in self._ended if ticket not in tickets]
+
+    def sleep(self) -> None:
+        """Nothing to free."""
+
+    def wake(self) -> None:
+        """Nothing was freed."""
 
     def _sample(self, request: Request, completion: str) -> Sample:
         ids = [*self.tokenizer(completion, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
@@ -42,7 +54,7 @@ class ScriptedEngine:
     def converted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(weights)
 
-    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         self.weight_version = version
 
     def score(
