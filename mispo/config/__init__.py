@@ -1,1 +1,1 @@
-"""Configuration without torch: `schema` holds every default, `load` composes recipes, `check` refuses nonsense."""
+"""Configuration without torch: `schema` has the sections, `parts` what they choose from, `load` composes recipes."""

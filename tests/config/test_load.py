@@ -1,31 +1,26 @@
-"""Recipes, overrides, sweeps: what a user types, and what is answered to a typo."""
+"""Recipes: every one loads, groups choose parts at any depth, a user's own stand beside ours."""
 
-import dataclasses
-import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 import recipes
-from mispo.config import schema
-from mispo.config.load import (
-    changed_keys,
-    config_from_file,
-    expand_sweep,
-    is_sweep,
-    keys_of,
-    load_config,
-    recipe_of,
-    save_config,
-)
+from mispo.config.algorithm_parts import Bounds, Gae, GroupStd, Gspo, KeepAll, Ppo, Quantile
+from mispo.config.load import changed_keys, load_config
+from mispo.config.parts import AdamW, Muon, NoCritic, SharedCritic
+from mispo.config.registry import GROUPS, PARTS, chosen_part
 from mispo.config.schema import MispoConfig
+from mispo.config.setting import keys_of
 
 ROOT = Path(recipes.__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (ROOT / "recipes/algorithm").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -35,17 +30,72 @@ def test_every_recipe_loads(recipe: str) -> None:
     assert config.model.preset or config.model.path
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_loads_and_takes_another_part(method: str) -> None:
+    config = load_config([f"algorithm={method}", "algorithm/filter=bounds", "algorithm/loss=gspo"])
+    assert config.algorithm.filter == Bounds()
+    assert config.algorithm.loss == Gspo()
+
+
+CHOICES = [
+    (group, name)
+    for group in GROUPS
+    for name in [
+        *(path.stem for path in (ROOT / "recipes" / group).glob("*.yaml")),
+        *(part().name for part in PARTS.get(group, ())),
+    ]
+]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_of_every_group_is_composed(group: str, name: str) -> None:
+    """What a choice needs besides: another algorithm's parts, a file."""
+    needed = {
+        "algorithm/advantage": ["critic=none", "algorithm.truncation=zero"] if name != "gae" else [],
+        "critic": {"shared": ["trainer.critic_minibatches=4"], "none": ["algorithm=grpo"]}.get(name, []),
+        "data": ["data.path=d", "warm_start.steps=0", "reward=exact"] if name == "jsonl" else [],
+        "recipe": ["data.path=d"] if name == "paper" else [],
+    }
+    config = load_config([f"{group}={name}", *needed.get(group, [])])
+    if group in PARTS:
+        assert chosen_part(config, group).name == name.partition("_plain")[0].partition("_clip")[0]
+
+
 def test_the_papers_recipe_is_the_defaults() -> None:
+    """So that mispo_defaults, which Hydra starts from, is MispoConfig() with its parts."""
     config = load_config(["recipe=paper", "data.path=d.jsonl"])
-    assert dict(changed_keys(config)) == {"data.path": "d.jsonl", "reward.name": "exact"}
+    assert dict(changed_keys(config)) == {"data.path": "d.jsonl", "reward.parts.task.name": "exact"}
+
+
+def test_every_default_stands_in_one_place() -> None:
+    """Recipes say only what is not the default, except the two whose choice is the default itself."""
+    defaults = dict(keys_of(MispoConfig()))
+    repeated = set()
+    for path in sorted((ROOT / "recipes").glob("*/**/*.yaml")):
+        name = path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+        prefix = "" if "@package _global_" in path.read_text() else f"{name.rpartition('/')[0].replace('/', '.')}."
+        body = OmegaConf.load(path)
+        assert isinstance(body, DictConfig)
+        body.pop("defaults", None)
+        repeated |= {name for key, value in flat(body, prefix) if key in defaults and defaults[key] == value}
+    assert repeated == {"data/jsonl", "reward/gym"}
+
+
+def flat(body: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in body.items():
+        if isinstance(value, DictConfig):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def test_the_reports_numbers() -> None:
     """Step 3.5 Flash, section 5.2 and its table of RL hyper-parameters."""
     c = MispoConfig()
-    assert c.algorithm.filter.token_bounds == [0.5, 2.0]
-    assert c.algorithm.filter.trajectory_bounds == [0.996, 1.001]
-    assert (c.algorithm.gamma, c.algorithm.lam, c.algorithm.truncation) == (1.0, 1.0, "bootstrap")
+    assert c.algorithm.filter == Bounds(token_bounds=[0.5, 2.0], trajectory_bounds=[0.996, 1.001])
+    assert c.algorithm.advantage == Gae(gamma=1.0, lam=1.0)
+    assert c.algorithm.truncation == "bootstrap"
+    assert c.optimizer == Muon(weight_decay=0.1)
     assert (c.rollout.prompts_per_step, c.rollout.samples_per_prompt, c.rollout.temperature) == (256, 16, 1.0)
     assert (c.trainer.actor_minibatches, c.trainer.critic_minibatches) == (4, 12)
     assert (c.trainer.actor_lr, c.trainer.critic_lr) == (2e-6, 5e-6)
@@ -54,45 +104,89 @@ def test_the_reports_numbers() -> None:
 
 def test_groups_and_overrides_win_over_the_recipe() -> None:
     config = load_config(["recipe=quickstart", "algorithm=no_filter", "tracking=disabled", "trainer.steps=3"])
-    assert config.algorithm.filter.name == "none"
+    assert config.algorithm.filter == KeepAll()
     assert config.tracking.wandb == "disabled"
     assert config.trainer.steps == 3
     assert config.model.preset == "tiny"
+    assert config.optimizer == AdamW()
+    assert load_config(["recipe=quickstart", "optimizer=muon"]).optimizer == Muon()
 
 
-def test_bounds_are_given_as_a_list() -> None:
-    config = load_config(["algorithm.filter.trajectory_bounds=[0.99,1.01]"])
-    assert config.algorithm.filter.trajectory_bounds == [0.99, 1.01]
+def test_a_method_brings_its_parts_and_no_critic() -> None:
+    config = load_config(["algorithm=dapo"])
+    assert config.algorithm.loss == Ppo(clip=[0.2, 0.28], dual_clip=None)
+    assert config.algorithm.advantage == GroupStd()
+    assert config.critic == NoCritic()
+    back = ["algorithm/advantage=gae", "critic=shared", "trainer.critic_minibatches=4"]
+    assert load_config(["algorithm=dapo", *back]).critic == SharedCritic()
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("trainer.step=3", "trainer.step: no such key; did you mean trainer.steps?"),
-        ("actor_lr=1", "actor_lr: no such key; did you mean trainer.actor_lr?"),
-        ("recipe=quikstart", "recipe: no recipe named 'quikstart'; did you mean quickstart?"),
-        ("model=tinny", "model: no model named 'tinny'; did you mean tiny?"),
-        ("trainer.steps=many", "trainer.steps: "),
-        ("trainer.steps=2.5", "trainer.steps: "),
-        ("algorithm.filter.trajectory_bounds=0.9", "algorithm.filter.trajectory_bounds"),
-        ("trainer.steps", "the form is key=value"),
-        ("data=jsonl", "data: set exactly one of data.task and data.path; neither is"),
-    ],
-)
-def test_typos_are_answered_with_the_nearest_name(override: str, words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)):
-        load_config([override])
+def test_a_chosen_part_has_no_keys_of_the_one_before() -> None:
+    config = load_config(["algorithm/filter=quantile", "algorithm.filter.target_steps=7"])
+    assert config.algorithm.filter == Quantile(target_steps=7)
+    assert dict(changed_keys(config, load_config([]))) == {
+        "algorithm.filter.name": "quantile",
+        "algorithm.filter.target_steps": 7,
+    }
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def test_a_users_own_recipes_stand_beside_ours(tmp_path: Path) -> None:
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe/mine.yaml").write_text("# @package _global_\ndefaults:\n  - smoke\ntrainer:\n  steps: 77\n")
+    write(tmp_path, "recipe/mine", "# @package _global_\ndefaults:\n  - smoke\ntrainer:\n  steps: 77\n")
     config = load_config(["recipe=mine"], tmp_path)
     assert (config.trainer.steps, config.model.preset) == (77, "micro")
     with pytest.raises(ValueError, match=r"did you mean mine\?"):
         load_config(["recipe=mien"], tmp_path)
     with pytest.raises(ValueError, match="--config-dir: no directory"):
         load_config(["recipe=mine"], tmp_path / "gone")
+
+
+def test_a_users_recipe_chooses_parts_and_entries(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "recipe/mine",
+        "# @package _global_\n"
+        "defaults:\n  - smoke\n  - override /algorithm: grpo\n  - override /algorithm/filter: quantile\n"
+        "  - override /eval: math\n"
+        "algorithm: {filter: {target_steps: 9}}\n"
+        "reward: {parts: {form: {name: format, weight: 0.1}}}\n",
+    )
+    write(tmp_path, "eval/math", "sets: {aime: {path: aime.jsonl, samples: 4}}\n")
+    write(tmp_path, "algorithm/filter/wide", "defaults: [bounds]\ntoken_bounds: [0.1, 10]\n")
+    config = load_config(["recipe=mine", "eval.sets.aime.size=3"], tmp_path)
+    assert config.algorithm.filter == Quantile(target_steps=9)
+    assert config.algorithm.advantage == GroupStd()
+    assert list(config.reward.parts) == ["task", "form"]
+    assert (config.eval.sets["aime"].samples, config.eval.sets["aime"].size) == (4, 3)
+    assert load_config(["algorithm/filter=wide"], tmp_path).algorithm.filter == Bounds(token_bounds=[0.1, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("trainer: {stepps: 3}", "trainer.stepps: no such key; did you mean trainer.steps? (in recipe/mine)"),
+        ("trainer: {steps: many}", "trainer.steps: Value 'many' of type 'str'"),
+        (
+            "algorithm: {filter: {ratio: mean}}",
+            "filter metropolis has it: algorithm/filter=metropolis (in recipe/mine)",
+        ),
+        (
+            "algorithm: {filter: {name: none}}",
+            "algorithm.filter.name: is fixed by the part; choose it with algorithm/f",
+        ),
+        ("data: {mixture: {a: {pth: x}}}", "data.mixture.a.pth: no such key; did you mean data.mixture.a.path?"),
+        ("reward: {parts: {a b: {name: exact}}}", "reward.parts: a name must consist of letters, digits, _ and -"),
+    ],
+)
+def test_typos_in_a_users_recipe_are_answered_as_on_the_command_line(tmp_path: Path, body: str, words: str) -> None:
+    write(tmp_path, "recipe/mine", f"# @package _global_\ndefaults:\n  - smoke\n{body}\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_config(["recipe=mine"], tmp_path)
 
 
 def test_folders_named_as_our_packages_where_the_user_stands_do_no_harm(tmp_path: Path) -> None:
@@ -103,55 +197,6 @@ def test_folders_named_as_our_packages_where_the_user_stands_do_no_harm(tmp_path
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "preset: micro" in done.stdout
-
-
-def test_a_saved_config_is_read_back_equal_and_can_be_changed(tmp_path: Path) -> None:
-    config = load_config(["recipe=quickstart", "seed=5"])
-    save_config(config, tmp_path / "config.yaml")
-    assert config_from_file(tmp_path / "config.yaml", []) == config
-    longer = config_from_file(tmp_path / "config.yaml", ["trainer.steps=99"])
-    assert longer.trainer.steps == 99
-    words = ["router.replay=off", "alarms.action=off", "critic.value_clip=null", "tracking.project='a = b'"]
-    changed = config_from_file(tmp_path / "config.yaml", [*words, "algorithm.filter.token_bounds=[0.4,3]"])
-    assert (changed.router.replay, changed.alarms.action) == ("off", "off")
-    assert (changed.critic.value_clip, changed.tracking.project) == (None, "a = b")
-    assert changed.algorithm.filter.token_bounds == [0.4, 3.0]
-    with pytest.raises(ValueError, match="a resumed run keeps its recipes"):
-        config_from_file(tmp_path / "config.yaml", ["recipe=smoke"])
-    with pytest.raises(ValueError, match=r"did you mean trainer\.steps"):
-        config_from_file(tmp_path / "config.yaml", ["trainer.stepps=9"])
-    with pytest.raises(ValueError, match="this is no run directory"):
-        config_from_file(tmp_path / "gone.yaml", [])
-    (tmp_path / "config.yaml").write_text("router: {replay: off}\n")
-    with pytest.raises(ValueError, match=r"router\.replay: YAML reads a bare off as false"):
-        config_from_file(tmp_path / "config.yaml", [])
-    (tmp_path / "config.yaml").write_text("trainer: {stepps: 3}\n")
-    with pytest.raises(ValueError, match="stepps"):
-        config_from_file(tmp_path / "config.yaml", [])
-
-
-def test_sweeps_are_all_combinations() -> None:
-    assert is_sweep(["seed=0,1"])
-    assert not is_sweep(["seed=0", "algorithm.filter.token_bounds=[0.5,2]"])
-    assert expand_sweep(["seed=0,1", "trainer.steps=3", "algorithm=mispo,no_filter"]) == [
-        [f"seed={seed}", "trainer.steps=3", f"algorithm={name}"] for seed in (0, 1) for name in ("mispo", "no_filter")
-    ]
-    assert expand_sweep(["seed=range(0,3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
-    assert recipe_of(["recipe=smoke"]) == "smoke"
-    assert recipe_of(["seed=1"]) == "quickstart"
-
-
-def sections() -> list[type]:
-    return [item for _, item in inspect.getmembers(schema, dataclasses.is_dataclass)]
-
-
-def test_every_setting_is_described_under_its_field() -> None:
-    source = Path(schema.__file__).read_text()
-    for section in sections():
-        for item in dataclasses.fields(section):
-            if dataclasses.is_dataclass(item.type) or "Config" in str(item.type):
-                continue
-            assert re.search(rf'^    {item.name}: .*\n    """', source, re.MULTILINE), f"{section.__name__}.{item.name}"
 
 
 def test_every_setting_is_read_somewhere() -> None:
@@ -166,17 +211,11 @@ def test_every_setting_is_read_somewhere() -> None:
     assert unread == []
 
 
-def test_a_config_is_loaded_without_torch() -> None:
+def test_a_config_is_loaded_and_a_bad_key_refused_without_torch() -> None:
     program = (
-        "import sys; from mispo.config.load import load_config; load_config(['recipe=smoke']);"
-        "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+        "import sys; from mispo.config.load import load_config; load_config(['recipe=smoke'])\n"
+        "try: load_config(['trainer.stepps=3'])\n"
+        "except ValueError: print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_keys_are_told_as_dotted_names() -> None:
-    keys: dict[str, Any] = dict(keys_of(MispoConfig()))
-    assert keys["algorithm.filter.token_bounds"] == [0.5, 2.0]
-    assert keys["data.task_args"] == {}
-    assert keys["seed"] == 0
