@@ -33,7 +33,7 @@ SMALL = (
     "checkpoint.every=2",
 )
 
-STALE = "rollout.staleness=4"
+STALE = "rollout.lag=4"
 
 RUNS: dict[str, tuple[str, ...]] = {
     "mispo": ("eval.every=2",),
@@ -45,11 +45,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "icepop": ("algorithm=icepop", "critic.pretrain_steps=1", "critic.warmup_steps=1"),
     "grpo": ("algorithm=grpo", "algorithm.kl=0.01"),
     "dapo": ("algorithm=dapo", "rollout.max_new_tokens=40"),
-    "shared": ("critic.kind=shared", "trainer.critic_minibatches=4"),
+    "shared": ("critic=shared", "trainer.critic_minibatches=4"),
     "lora": ("model.lora.rank=4",),
     "replay": ("router.replay=rollout", "rollout.dtype=bf16", "rollout.parity_tolerance=1", "router.attribute_every=2"),
     "old_routing": ("router.replay=old", "router.bias_update_rate=0.001"),
-    "muon": ("trainer.optimizer=muon", "model.mtp=1", "trainer.mtp_weight=0.1"),
+    "muon": ("optimizer=muon", "model.mtp=1", "trainer.mtp_weight=0.1"),
     "zero2": ("trainer.zero_stage=2", STALE),
 }
 """Name → overrides on top of SMALL; zero2 runs on two ranks. `resumed` continues mispo's second step under another

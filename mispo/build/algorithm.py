@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from mispo.algorithm.controller import QuantileFilter
@@ -27,16 +26,18 @@ from mispo.algorithm.loss import (
 )
 from mispo.algorithm.method import Advantage, Correction, Method, with_critic, within_group
 from mispo.algorithm.objective import Objective
-from mispo.config.schema import AlgorithmConfig, FilterConfig, MispoConfig
+from mispo.config import algorithm_parts as parts
+from mispo.config.parts import ValueCritic
+from mispo.config.schema import MispoConfig
 
 Pair = tuple[float, float]
 
 
 def build_method(config: MispoConfig, reward_range: Pair) -> Method:
     """Build the method that the config names. reward_range: lowest and highest reward."""
-    algorithm = config.algorithm
+    algorithm, critic = config.algorithm, config.critic
     objective = Objective(
-        loss=build_loss(algorithm),
+        loss=build_loss(algorithm.loss),
         norm=algorithm.loss_norm,
         max_tokens=config.rollout.max_new_tokens,
         kl=algorithm.kl,
@@ -44,60 +45,78 @@ def build_method(config: MispoConfig, reward_range: Pair) -> Method:
     )
     return Method(
         filter=build_filter(algorithm.filter),
-        correct=build_correction(algorithm),
+        correct=build_correction(algorithm.correction),
         objective=objective,
         advantage=build_advantage(config),
         truncation=algorithm.truncation,
         reward_range=reward_range,
         whitens=algorithm.whiten == "batch",
         rechecks=algorithm.mask_policy == "current",
-        learns_truncated=config.critic.train_on_truncated,
-        gamma=algorithm.gamma,
+        learns_truncated=critic.train_on_truncated if isinstance(critic, ValueCritic) else True,
+        gamma=algorithm.advantage.gamma if isinstance(algorithm.advantage, parts.Gae) else 1.0,
     )
 
 
 def build_advantage(config: MispoConfig) -> Advantage:
-    """Build the advantage that algorithm.advantage names."""
-    algorithm = config.algorithm
-    if algorithm.advantage != "gae":
-        return within_group(algorithm.advantage)
-    return with_critic(algorithm.gamma, algorithm.lam, config.critic.lam, algorithm.truncation == "bootstrap")
+    """Build the chosen advantage (algorithm/advantage)."""
+    match config.algorithm.advantage, config.critic:
+        case parts.Gae(gamma=gamma, lam=lam), ValueCritic(lam=critic_lam):
+            return with_critic(gamma, lam, critic_lam, config.algorithm.truncation == "bootstrap")
+        case parts.GroupStd() | parts.GroupMean() | parts.Rloo() as group, _:
+            return within_group(group.name)
+    raise AssertionError(f"no advantage is built for {config.algorithm.advantage}")
 
 
-def build_filter(config: FilterConfig) -> Filter:
-    """Build the filter that algorithm.filter names."""
-    token, window, target = _pair(config.token_bounds), _pair(config.trajectory_bounds), _pair(config.target_acceptance)
-    build: dict[str, Callable[[], Filter]] = {
-        "bounds": lambda: FixedFilter(partial(bounds_filter, token_bounds=token, trajectory_bounds=window)),
-        "quantile": lambda: QuantileFilter(token, target, config.target_steps, config.by_length),
-        "metropolis": lambda: FixedFilter(partial(metropolis, ratio=config.ratio)),
-        "random": lambda: FixedFilter(partial(random_reject, token_bounds=token, trajectory_bounds=window)),
-        "token_only": lambda: FixedFilter(partial(token_only, token_bounds=token)),
-        "none": lambda: FixedFilter(keep_all),
+def build_filter(chosen: parts.FilterPart) -> Filter:
+    """Build the chosen filter (algorithm/filter)."""
+    match chosen:
+        case parts.Bounds():
+            return FixedFilter(partial(bounds_filter, **_bounds(chosen)))
+        case parts.Quantile():
+            target = _pair(chosen.target_acceptance)
+            return QuantileFilter(_pair(chosen.token_bounds), target, chosen.target_steps, chosen.by_length)
+        case parts.Metropolis():
+            return FixedFilter(partial(metropolis, ratio=chosen.ratio))
+        case parts.Random():
+            return FixedFilter(partial(random_reject, **_bounds(chosen)))
+        case parts.TokenOnly():
+            return FixedFilter(partial(token_only, token_bounds=_pair(chosen.token_bounds)))
+        case parts.KeepAll():
+            return FixedFilter(keep_all)
+    raise AssertionError(f"no filter is built for {chosen}")
+
+
+def build_loss(chosen: parts.LossPart) -> PolicyLoss:
+    """Build the chosen policy loss (algorithm/loss)."""
+    match chosen:
+        case parts.Mispo():
+            return mispo_loss
+        case parts.Ppo():
+            return partial(ppo_loss, clip=_pair(chosen.clip), dual_clip=chosen.dual_clip)
+        case parts.Gspo():
+            return partial(gspo_loss, clip=_pair(chosen.clip))
+        case parts.Cispo():
+            return partial(cispo_loss, clip=_pair(chosen.clip))
+    raise AssertionError(f"no loss is built for {chosen}")
+
+
+def build_correction(chosen: parts.CorrectionPart) -> Correction:
+    """Build the chosen correction (algorithm/correction)."""
+    match chosen:
+        case parts.NoCorrection():
+            return no_correction
+        case parts.Tis():
+            return partial(truncated_importance, cap=chosen.cap)
+        case parts.IcePop():
+            return partial(icepop, bounds=_pair(chosen.bounds))
+    raise AssertionError(f"no correction is built for {chosen}")
+
+
+def _bounds(chosen: parts.WindowFilter) -> dict[str, Pair]:
+    return {
+        "token_bounds": _pair(chosen.token_bounds),
+        "trajectory_bounds": _pair(chosen.trajectory_bounds),
     }
-    return build[config.name]()
-
-
-def build_loss(config: AlgorithmConfig) -> PolicyLoss:
-    """Build the policy loss that algorithm.loss names."""
-    clip = _pair(config.clip)
-    losses: dict[str, PolicyLoss] = {
-        "mispo": mispo_loss,
-        "ppo": partial(ppo_loss, clip=clip, dual_clip=config.dual_clip),
-        "gspo": partial(gspo_loss, clip=clip),
-        "cispo": partial(cispo_loss, clip=clip),
-    }
-    return losses[config.loss]
-
-
-def build_correction(config: AlgorithmConfig) -> Correction:
-    """Build the token weights that algorithm.correction names."""
-    corrections: dict[str, Correction] = {
-        "none": no_correction,
-        "tis": partial(truncated_importance, cap=config.correction_cap),
-        "icepop": partial(icepop, bounds=_pair(config.correction_bounds)),
-    }
-    return corrections[config.correction]
 
 
 def _pair(numbers: list[float]) -> Pair:

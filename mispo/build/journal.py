@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mispo.build.setup import Setup
+from mispo.config.parts import SeparateCritic
 from mispo.config.schema import MispoConfig
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.journal import Journal, JournalSettings
@@ -20,9 +21,9 @@ def build_journal(setup: Setup, *, tracked: bool) -> Journal:
     config = setup.config
     settings = JournalSettings(
         steps=config.trainer.steps,
-        pretrain_steps=config.critic.pretrain_steps,
+        pretrain_steps=pretrain_steps(config),
         rollouts_every=config.tracking.rollouts_every,
-        lag=config.rollout.staleness,
+        lag=config.rollout.lag,
     )
     tracker = _tracker(setup) if tracked and setup.ranks.first else None
     return Journal(setup.directory, settings, tracker=tracker, printer=setup.printer, alarms=Alarms(config))
@@ -39,12 +40,17 @@ def _tracker(setup: Setup) -> Tracker:
     )
 
 
+def pretrain_steps(config: MispoConfig) -> int:
+    """Return how many rollouts the critic learns from before step 1."""
+    return config.critic.pretrain_steps if isinstance(config.critic, SeparateCritic) else 0
+
+
 def build_schedule(config: MispoConfig, checkpoint: Path | None) -> Schedule:
     """Decide when what is due."""
     return Schedule(
         start=read_state(checkpoint)["step"] if checkpoint else None,
         steps=config.trainer.steps,
-        pretrain_steps=config.critic.pretrain_steps,
+        pretrain_steps=pretrain_steps(config),
         evaluate_every=config.eval.every,
         save_every=config.checkpoint.every,
         attribute_every=config.router.attribute_every,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mispo.build.models import Models, Modules
 from mispo.build.setup import Setup
+from mispo.config.parts import SeparateCritic, SharedCritic, ValueCritic
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data
 from mispo.trainer.batch import Layout, Packing
@@ -37,7 +38,13 @@ def build_learner(setup: Setup, models: Models, modules: Modules, layout: Layout
     """Put the modules under DeepSpeed, and rehearse the largest micro-batch there can be."""
     config = setup.config
     actor, critic = build_engines(
-        setup.accelerator, setup.ranks, modules.actor, modules.critic, config.trainer, models.flops
+        setup.accelerator,
+        setup.ranks,
+        modules.actor,
+        modules.critic,
+        config.trainer,
+        config.optimizer,
+        models.flops,
     )
     publisher = None
     if models.engine is not None:
@@ -45,12 +52,13 @@ def build_learner(setup: Setup, models: Models, modules: Modules, layout: Layout
         exact = config.router.attribute_every > 0
         publisher = Publisher(
             actor,
-            WeightHistory(config.rollout.staleness),
+            WeightHistory(config.rollout.lag),
             probe=_probe(data, config),
             packed=layout.packed,
             temperature=config.rollout.temperature,
             convert=(lambda weights: weights) if exact else models.engine.converted,
         )
+    chosen = config.critic
     learner = Learner(
         ranks=setup.ranks,
         actor=actor,
@@ -60,7 +68,7 @@ def build_learner(setup: Setup, models: Models, modules: Modules, layout: Layout
         packing=_packing(config),
         settings=_update_settings(config, layout),
         replays_old=config.router.replay == "old",
-        critic_only_steps=config.critic.warmup_steps,
+        critic_only_steps=chosen.warmup_steps if isinstance(chosen, SeparateCritic) else 0,
         bias_rate=config.router.bias_update_rate,
         num_experts=models.num_experts,
     )
@@ -84,14 +92,15 @@ def _packing(config: MispoConfig) -> Packing:
 
 
 def _update_settings(config: MispoConfig, layout: Layout) -> UpdateSettings:
+    critic = config.critic
     return UpdateSettings(
         layout=layout,
         seed=config.seed,
         temperature=config.rollout.temperature,
         actor_minibatches=config.trainer.actor_minibatches,
         critic_minibatches=config.trainer.critic_minibatches,
-        value_clip=config.critic.value_clip,
-        value_weight=config.critic.loss_weight,
+        value_clip=critic.value_clip if isinstance(critic, ValueCritic) else None,
+        value_weight=critic.loss_weight if isinstance(critic, SharedCritic) else 1.0,
         mtp_weight=config.trainer.mtp_weight,
     )
 

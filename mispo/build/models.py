@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mispo.build.setup import Setup
+from mispo.config.parts import Native, SeparateCritic, SharedCritic
 from mispo.config.schema import RouterConfig
 from mispo.data.prompts import PromptStream
 from mispo.trainer.policy import ActorModule, CriticModule, Reference, checkpoint_layers, compute_dtype, copy_of
@@ -150,15 +151,14 @@ def warm_policy(setup: Setup, opened: Opened, stream: PromptStream) -> Policy:
 def build_models(setup: Setup, policy: Policy, *, samples: bool) -> Models:
     """Build critic or value head, the reference, and an engine if the run samples."""
     config = setup.config
-    valued = config.algorithm.advantage == "gae"
-    shared = valued and config.critic.kind == "shared"
-    critic = _critic(setup, policy) if valued and not shared else None
+    chosen = config.critic
+    critic = _critic(setup, policy, chosen) if isinstance(chosen, SeparateCritic) else None
     reference = _reference(setup, policy)
     return Models(
         policy=policy,
         engine=_engine(setup, policy) if samples else None,
         critic=critic,
-        value_head=_value_head(setup, policy) if shared else None,
+        value_head=_value_head(setup, policy, chosen) if isinstance(chosen, SharedCritic) else None,
         reference=reference,
         flops={"actor": count_flops(policy.model)} | ({"critic": count_flops(critic.backbone)} if critic else {}),
         num_experts=num_experts(policy.model),
@@ -166,22 +166,22 @@ def build_models(setup: Setup, policy: Policy, *, samples: bool) -> Models:
     )
 
 
-def _critic(setup: Setup, policy: Policy) -> Critic:
+def _critic(setup: Setup, policy: Policy, chosen: SeparateCritic) -> Critic:
     """Build the value model: the policy's copy, or another backbone (critic.model)."""
     config = setup.config
-    if config.critic.model is None:
-        critic = Critic.from_policy(policy.model, config.critic.head_init_std, config.seed)
+    if chosen.model is None:
+        critic = Critic.from_policy(policy.model, chosen.head_init_std, config.seed)
     else:
-        model = _other_model("critic.model", config.critic.model, setup, policy).to(policy.model.device)
-        critic = Critic(model.get_decoder(), config.critic.head_init_std, config.seed)
+        model = _other_model("critic.model", chosen.model, setup, policy).to(policy.model.device)
+        critic = Critic(model.get_decoder(), chosen.head_init_std, config.seed)
     if setup.checkpoint and not config.model.lora.rank:
         critic.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))
     return critic
 
 
-def _value_head(setup: Setup, policy: Policy) -> ValueHead:
+def _value_head(setup: Setup, policy: Policy, chosen: SharedCritic) -> ValueHead:
     """Build V on the policy's trunk (critic kind shared)."""
-    head = ValueHead(policy.model, setup.config.critic.head_init_std, setup.config.seed)
+    head = ValueHead(policy.model, chosen.head_init_std, setup.config.seed)
     if setup.checkpoint:
         head.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))
     return head
@@ -227,7 +227,8 @@ def _other_model(key: str, path: str, setup: Setup, policy: Policy) -> PreTraine
 
 def _engine(setup: Setup, policy: Policy) -> NativeEngine:
     """Build an engine with a separate copy of the policy, in the rollout precision."""
-    config, model = setup.config, policy.model
+    config, model, chosen = setup.config, policy.model, setup.config.engine
+    assert isinstance(chosen, Native), f"no engine is built for {chosen.name}"
     attention = "eager" if model.config._attn_implementation == "eager" else "sdpa"  # takes the slot cache's masks
     copied = copy_of(model, model.state_dict(), setup.ranks.device, attention)
     copied.to(dtype=compute_dtype(config.rollout.dtype, setup.ranks.device))
@@ -239,7 +240,7 @@ def _engine(setup: Setup, policy: Policy) -> NativeEngine:
         copied,
         sorted({*ends, end}),
         policy.tokenizer.pad_token_id,
-        config.rollout.slots,
+        chosen.slots,
         record_experts=config.router.record,
     )
 

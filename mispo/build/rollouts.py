@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mispo.build.models import Models
 from mispo.build.setup import Setup
+from mispo.config.algorithm_parts import WindowFilter
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data
 from mispo.evaluation import Evaluator, Measure, References, build_sets, constant_guess
@@ -27,9 +28,7 @@ PERMUTED = "Control experiment: the rewards were shuffled within each step."
 
 def build_pool(config: MispoConfig) -> RewardPool:
     """Start the processes that grade."""
-    parts = {"task": PartSpec(config.reward.name, 1 - config.reward.format_weight)}
-    if config.reward.format_weight:
-        parts["format"] = PartSpec("format", config.reward.format_weight)
+    parts = {name: PartSpec(part.name, part.weight) for name, part in config.reward.parts.items()}
     return RewardPool(RewardSpec(parts, config.data.task), config.reward.workers, config.reward.timeout_s)
 
 
@@ -79,7 +78,7 @@ def build_evaluator(setup: Setup, models: Models, data: Data, pool: RewardPool) 
     config = setup.config
     sets = build_sets(
         data,
-        {},
+        config.eval.sets,
         models.policy.tokenizer,
         samples=config.eval.samples,
         seed=config.data.seed,
@@ -106,7 +105,8 @@ def build_attributor(setup: Setup, models: Models, learner: Learner) -> Attribut
     if models.engine is None:
         return None
     config = setup.config
-    low, high = config.algorithm.filter.trajectory_bounds
+    chosen = config.algorithm.filter
+    low, high = chosen.trajectory_bounds if isinstance(chosen, WindowFilter) else (0.996, 1.001)
     return Attributor(
         engine=models.engine,
         learner=learner,

@@ -11,7 +11,7 @@ from mispo.build.learner import build_learner, layout_of
 from mispo.build.models import Models, Modules, build_models, build_modules, open_policy, warm_policy
 from mispo.build.rollouts import build_attributor, build_evaluator, build_pool, build_sampler
 from mispo.build.setup import Setup, find_checkpoint, start
-from mispo.config.objective import objective
+from mispo.config.formula import formula
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data, build_data
 from mispo.metrics.record import LowConfidence
@@ -39,7 +39,7 @@ def build_run(
     try:
         setup = start(config, directory, checkpoint, torn)
         opened = open_policy(setup)
-        data = build_data(config.data, opened.tokenizer)
+        data = build_data(config.data, opened.tokenizer, mixture=config.data.mixture)
         policy = warm_policy(setup, opened, data.stream)
         models = build_models(setup, policy, samples=not saved)
         layout = layout_of(config, setup.ranks.device)
@@ -117,4 +117,4 @@ def _introduce(setup: Setup, modules: Modules, saved: int) -> None:
     setup.say(modules.about, style="dim", wrap=True)
     if saved:
         setup.say(SAVED.format(saved, "" if saved == 1 else "s"), style="dim")
-    setup.say(objective(setup.config), style="dim")
+    setup.say(formula(setup.config), style="dim")

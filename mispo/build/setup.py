@@ -42,7 +42,7 @@ def find_checkpoint(directory: Path, *, resume: bool) -> tuple[Path | None, Sequ
 def start(config: MispoConfig, directory: Path, checkpoint: Path | None, torn: Sequence[str]) -> Setup:
     """Start the process group. torn: what `find_checkpoint` has passed over."""
     disable_progress_bar()  # of saving and loading weights: it would tear the step lines
-    accelerator, ranks = start_ranks(config.trainer)
+    accelerator, ranks = start_ranks(config.trainer, config.optimizer)
     printer = StepPrinter(config.trainer.steps, make_console()) if ranks.first else None
     setup = Setup(config, RunDir(ranks.agree(directory)), checkpoint, accelerator, ranks, printer)
     for problem in torn:

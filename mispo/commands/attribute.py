@@ -38,9 +38,9 @@ def _config(directory: RunDir, overrides: Sequence[str]) -> MispoConfig:
         raise ValueError(
             f"{directory.root}: no checkpoint yet; attribution needs one, written every checkpoint.every steps"
         )
-    kept = config_from_file(directory.config, []).rollout.staleness
-    if config.rollout.staleness > kept:
-        raise ValueError(f"rollout.staleness: {config.rollout.staleness}, but the run kept older weights up to {kept}")
+    kept = config_from_file(directory.config, []).rollout.lag
+    if config.rollout.lag > kept:
+        raise ValueError(f"rollout.lag: {config.rollout.lag}, but the run kept older weights up to {kept}")
     return config
 
 

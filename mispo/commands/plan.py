@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from mispo.config.formula import formula
 from mispo.config.load import changed_keys
-from mispo.config.objective import objective
+from mispo.config.parts import Native, SeparateCritic
 from mispo.config.schema import MispoConfig
 from mispo.monitor.console import make_console
 from mispo.trainer.logprob import CHUNK_BYTES
@@ -94,26 +95,14 @@ class Plan:
 
 def _minibatches(config: MispoConfig) -> dict[str, int]:
     """Read how many mini-batches each trained model has."""
-    separate = config.algorithm.advantage == "gae" and config.critic.kind == "separate"
+    separate = isinstance(config.critic, SeparateCritic)
     critic = {"critic": config.trainer.critic_minibatches} if separate else {}
     return {"actor": config.trainer.actor_minibatches} | critic
 
 
-def _state_bytes(config: MispoConfig, matrices: int, others: int) -> int:
-    """Read the bytes of the optimizer's states: Muon keeps one number for a parameter in a hidden matrix, Adam two."""
-    return (4 if config.trainer.optimizer == "muon" else 8) * matrices + 8 * others
-
-
-def _optimizer_title(config: MispoConfig) -> str:
-    return {"adamw": "Adam", "muon": "Muon"}[config.trainer.optimizer]
-
-
-def _slots(config: MispoConfig) -> int:
-    return config.rollout.slots
-
-
-def _lag(config: MispoConfig) -> int:
-    return config.rollout.staleness
+def native_slots(config: MispoConfig) -> int:
+    """Return how many sequences the native engine decodes at once; other engines have no cache of ours."""
+    return config.engine.slots if isinstance(config.engine, Native) else 0
 
 
 def plan_of(config: MispoConfig, ranks: int, device: torch.device) -> Plan:
@@ -148,7 +137,7 @@ def _memory(
     copies = len(batches.minibatches)
     hosted = {"none": 0.0, "optimizer": optimizer, "parameters": optimizer + weights}[config.trainer.offload]
     rollout_item = compute_dtype(config.rollout.dtype, device).itemsize
-    lag = _lag(config)
+    lag = config.rollout.lag
     # Attribution must not take rounding for a difference of weights, so it needs the old ones in float32; and it
     # computes with a copy.
     attributes = config.router.attribute_every > 0 and lag > 0
@@ -159,7 +148,7 @@ def _memory(
         optimizer=copies * optimizer,
         on_host=copies * hosted,
         rollout_copy=facts.parameters * rollout_item,
-        kv_cache=facts.kv_bytes(batches.longest, rollout_item) * _slots(config),
+        kv_cache=facts.kv_bytes(batches.longest, rollout_item) * native_slots(config),
         logits=3 * min(4 * batches.microbatch * facts.vocabulary, CHUNK_BYTES),
         reference=4 * facts.parameters if config.algorithm.kl else 0,
         old_weights=(lag + 1) * facts.parameters * (4 if attributes else rollout_item) if lag else 0,
@@ -178,7 +167,7 @@ def _states(
     else:
         learning, matrices = facts.learning, facts.matrices
         frozen = 4 * (facts.parameters - learning)
-    states = _state_bytes(config, matrices, learning - matrices)
+    states = config.optimizer.state_bytes(matrices, learning - matrices)
     weights, gradients, optimizer = (
         whole / (ranks if config.trainer.zero_stage >= first else 1)
         for whole, first in ((4 * learning + frozen, 3), (4 * learning, 2), (states, 1))
@@ -193,7 +182,7 @@ def print_plan(config: MispoConfig, directory: Path) -> None:
     console = make_console()
     console.print(OmegaConf.to_yaml(OmegaConf.structured(config)), markup=False, highlight=False)
     _section(console, "Not the default", [(key, str(value)) for key, value in changed_keys(config).items()])
-    console.print(f"{objective(config)}\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{formula(config)}\n", highlight=False, markup=False, soft_wrap=True)
     _section(console, "Batches", batch_rows(plan.batches))
     _section(console, "Memory per rank", memory_rows(plan, config))
     console.print(f"would write to {directory}", markup=False, highlight=False, soft_wrap=True)
@@ -221,7 +210,7 @@ def memory_rows(plan: Plan, config: MispoConfig) -> list[tuple[str, str]]:
     facts, memory, trained = plan.facts, plan.memory, list(plan.batches.minibatches)
     if facts is None or memory is None:
         return [("unknown", f"the model's configuration does not open: {plan.problem}")]
-    rank, title = config.model.lora.rank, _optimizer_title(config)
+    rank, title = config.model.lora.rank, config.optimizer.title
     again = ", and about as many again for the critic" if "critic" in trained else ""
     parts = f"frozen weights; adapters, gradients, {title}" if rank else f"fp32 weights, gradients, {title}"
     rows = [
@@ -231,7 +220,7 @@ def memory_rows(plan: Plan, config: MispoConfig) -> list[tuple[str, str]]:
         ("on the host", memory.on_host and f"{size(memory.on_host)} (trainer.offload)"),
         ("reference policy", memory.reference and f"{size(memory.reference)} (algorithm.kl, a whole copy)"),
         ("rollout copy", size(memory.rollout_copy)),
-        ("rollout KV cache", f"{size(memory.kv_cache)} for {_slots(config)} slots"),
+        ("rollout KV cache", f"{size(memory.kv_cache)} for {native_slots(config)} slots"),
         (
             "experts of the rollout",
             memory.recorded_experts
@@ -243,7 +232,7 @@ def memory_rows(plan: Plan, config: MispoConfig) -> list[tuple[str, str]]:
             memory.attribution and f"{size(memory.attribution)} (router.attribute_every, a copy for the while)",
         ),
         ("logits", f"{size(memory.logits)} (of one chunk, softmax and gradient)"),
-        ("old weights", f"{size(memory.old_weights)} (rollout.staleness)" if memory.old_weights else "none"),
+        ("old weights", f"{size(memory.old_weights)} (rollout.lag)" if memory.old_weights else "none"),
     ]
     return [(name, str(words)) for name, words in rows if words]
 

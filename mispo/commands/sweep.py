@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 
 from mispo.commands.sweep_loader import SweepLoader
 from mispo.config.load import parse_overrides, recipe_of
-from mispo.config.schema import MispoConfig
+from mispo.config.registry import no_choice, register
 from mispo.monitor.rows import EVAL_KEY, read_rows
 from mispo.system.failure import say
 from mispo.system.files import json_line
@@ -101,7 +100,7 @@ def _split_directory(overrides: Sequence[str]) -> tuple[Path, list[str]]:
 
 
 def _multirun(parent: Path, overrides: Sequence[str], config_dir: Path | None) -> None:
-    ConfigStore.instance().store(name="mispo_defaults", node=MispoConfig)
+    register()
     searched = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     with initialize_config_module("recipes", version_base="1.3", job_name="mispo"):
         hydra = GlobalHydra.instance().hydra
@@ -145,5 +144,7 @@ def _reason(error: HydraException) -> str:
     if not isinstance(error, MissingConfigException) or not error.options:
         return " ".join(str(error).splitlines()[:2])
     group, _, name = str(error.missing_cfg_file).rpartition("/")
-    hint = "; is its package installed?" if group.startswith("hydra/") else ""
-    return f"{group}: no {group} named {name!r}{hint} (there are {', '.join(error.options)})"
+    if group.startswith("hydra/"):
+        options = ", ".join(error.options)
+        return f"{group}: no {group} named {name!r}; is its package installed? (there are {options})"
+    return no_choice(group, name, list(error.options))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mispo.commands.session import Use, has_checkpoint, session
-from mispo.config.check import check_config
 from mispo.config.load import changed_keys, config_from_file, is_sweep, load_config, recipe_of, save_config
+from mispo.config.parts import SeparateCritic
+from mispo.config.rules import check_config
 from mispo.config.schema import MispoConfig
 from mispo.system.failure import rank
 from mispo.system.files import replacing
@@ -76,7 +77,7 @@ def _for_saved(config: MispoConfig, files: Sequence[Path]) -> MispoConfig:
     """Return the config with one step per file, and as many prompts and samples as the files hold."""
     from rollouts.saved import saved_sizes
 
-    if config.critic.pretrain_steps:
+    if isinstance(config.critic, SeparateCritic) and config.critic.pretrain_steps:
         raise ValueError("critic.pretrain_steps: --rollouts samples nothing to pre-train on; set it to 0")
     prompts, samples = saved_sizes(files)
     rollout = replace(config.rollout, prompts_per_step=prompts, samples_per_prompt=samples)

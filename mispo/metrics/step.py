@@ -71,7 +71,8 @@ def _outcomes(batch: Batch) -> dict[str, float]:
         "trunc/rate": truncated_B.float().mean().item(),
         "rollout/lag": float(everyone(batch.lags_B).max()),
     }
-    for part in sorted({name for t in batch.trajectories for name in t.reward_parts}):
+    parts = batch.ranks.concatenate(sorted({name for t in batch.trajectories for name in t.reward_parts}))
+    for part in sorted(set(parts)):
         metrics[f"reward/{part}"] = everyone(_part_of(batch, part)).mean().item()
     if not truncated_B.all():
         metrics["reward/finished_mean"] = rewards_B[~truncated_B].mean().item()

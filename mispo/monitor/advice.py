@@ -105,7 +105,7 @@ def _advice(standing: Standing) -> str:
         return f"Replay's gain is the largest above two standard errors: {do} router.replay=rollout."
     if name == ON_POLICY:
         return (
-            "Current weights bring the largest gain above two standard errors: set rollout.staleness=0, or take fewer "
+            "Current weights bring the largest gain above two standard errors: set rollout.lag=0, or take fewer "
             "updates per sampling."
         )
     if name == UNDECIDED:

@@ -69,9 +69,9 @@ def mismatch(metrics: Row, config: MispoConfig) -> str | None:
 def mismatch_cause(config: MispoConfig) -> str:
     """The likeliest cause of a mismatch that the settings admit, and the remedy."""
     rollout = config.rollout
-    if rollout.staleness:
+    if rollout.lag:
         return (
-            f"Suspected: stale weights (rollout.staleness={rollout.staleness}); lower it or trainer.actor_lr, or widen "
+            f"Suspected: stale weights (rollout.lag={rollout.lag}); lower it or trainer.actor_lr, or widen "
             "the window (algorithm=mispo_quantile follows the run)"
         )
     if rollout.dtype != config.trainer.dtype or "bf16" in rollout.dtype or "fp16" in rollout.dtype:
@@ -126,7 +126,7 @@ def routing(metrics: Row, config: MispoConfig) -> str | None:
         told.append(
             f"moe/low_confidence/mean: the routers are less sure of {low:.0%} of the tokens than they were of all but "
             f"a tenth in step 1, more than {most:.0%}. Suspected: they drift, which widens the mismatch; lower "
-            f"trainer.actor_lr, stay nearer to on-policy (rollout.staleness){remedy}"
+            f"trainer.actor_lr, stay nearer to on-policy (rollout.lag){remedy}"
         )
     return ". ".join(told) or None
 

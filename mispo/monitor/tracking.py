@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mispo.config.check import CHOICES
 from mispo.config.schema import TrackingConfig
 from mispo.monitor.rows import whole_lines
 from mispo.system.files import json_line, replacing
 
 if TYPE_CHECKING:
     import wandb
-
-MODES = CHOICES["tracking.wandb"]
 
 INIT_TIMEOUT_S = 30.0
 """Seconds that connecting to W&B may hold up the start of a run."""
@@ -49,7 +46,7 @@ class Tracker:
 
     resume_step: None starts a new file; k continues after step k: rows of later steps, and a torn last line,
     are cut off, the others stay byte for byte. wandb_id: the run to continue (`Tracker.wandb_id` of before).
-    Raises ValueError for an unknown mode, for a new run over an old file, and for `online` without W&B.
+    Raises ValueError for a new run over an old file, and for `online` without W&B.
     """
 
     def __init__(
@@ -61,8 +58,6 @@ class Tracker:
         resume_step: int | None,
         wandb_id: str | None,
     ) -> None:
-        if settings.wandb not in MODES:
-            raise ValueError(f"tracking.wandb: {settings.wandb!r} is unknown; choose one of {', '.join(MODES)}")
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         if resume_step is not None:

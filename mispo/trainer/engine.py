@@ -19,6 +19,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from mispo.config.parts import AdamW, Muon, OptimizerPart
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.batch import ModelInput
 from mispo.trainer.optimizer import OptimizerStates, build_optimizer
@@ -31,13 +32,13 @@ DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",
     "train_micro_batch_size_per_gpu": "trainer.tokens_per_microbatch",
     "gradient_accumulation_steps": "trainer.tokens_per_microbatch",
-    "gradient_clipping": "trainer.max_grad_norm",
+    "gradient_clipping": "optimizer.max_grad_norm",
     "zero_optimization.stage": "trainer.zero_stage",
     "zero_optimization.offload_optimizer": "trainer.offload",
     "zero_optimization.offload_param": "trainer.offload",
     "bf16": "trainer.dtype",
     "fp16": "trainer.dtype",
-    "optimizer": "trainer.optimizer",
+    "optimizer": "optimizer",
     "scheduler": "trainer.actor_warmup_updates",
 }
 """Keys of DeepSpeed's JSON that a user's own file must not set, and the field of mispo that does."""
@@ -180,16 +181,16 @@ class TrainEngine:
             )
 
 
-def start_ranks(config: TrainerConfig) -> tuple[Accelerator, Ranks]:
+def start_ranks(config: TrainerConfig, optimizer: OptimizerPart) -> tuple[Accelerator, Ranks]:
     """Start the process group, with one DeepSpeed plugin for each of the two models."""
-    prepare_environment(config)
+    prepare_environment(config, optimizer)
     for name in ("DeepSpeed", "accelerate.accelerator"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed's calls, on every rank; nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)) for name in ("actor", "critic")}
+    plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, optimizer)) for name in ("actor", "critic")}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
         torch.compiler.set_stance("force_eager")  # Muon's products are not worth a C++ compiler
@@ -208,6 +209,7 @@ def build_engines(
     actor: nn.Module,
     critic: nn.Module | None,
     config: TrainerConfig,
+    optimizer: OptimizerPart,
     flops: Mapping[str, ForwardFlops],
 ) -> tuple[TrainEngine, TrainEngine | None]:
     """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed; some methods have no critic.
@@ -226,7 +228,7 @@ def build_engines(
         if config.zero_stage == 3:
             gather_moe_layers_whole(module)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
-        engine, _ = accelerator.prepare(module, build_optimizer(module, config))
+        engine, _ = accelerator.prepare(module, build_optimizer(module, optimizer))
         counter = FlopCounter(flops[name], backward=1.0 if has_lora(module) else 2.0)
         engines.append(TrainEngine(name, engine, ranks, lr, warmup, config, counter))
     assert engines[0] is not None
@@ -245,7 +247,7 @@ def gather_moe_layers_whole(module: nn.Module) -> list[str]:
     return names
 
 
-def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:
+def deepspeed_config(config: TrainerConfig, optimizer: OptimizerPart) -> dict[str, Any]:
     """DeepSpeed's JSON, with the user's file (trainer.deepspeed) merged in.
 
     Accumulation is steered by `TrainEngine.update`, so it is 1 here. ValueError for a file that does not read, or that
@@ -256,14 +258,13 @@ def deepspeed_config(config: TrainerConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
-    muon = config.optimizer == "muon"
-    if muon and config.zero_stage == 3:
+    if isinstance(optimizer, Muon) and config.zero_stage == 3:
         zero |= {"reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
     generated = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # Under Muon DeepSpeed would clip the orthogonal update, whose size says nothing of the gradient's.
-        "gradient_clipping": 0.0 if muon else config.max_grad_norm,
+        "gradient_clipping": optimizer.max_grad_norm if isinstance(optimizer, AdamW) else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

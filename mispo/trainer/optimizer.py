@@ -14,7 +14,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from mispo.config.schema import TrainerConfig
+from mispo.config.parts import AdamW, OptimizerPart
 from mispo.trainer.ranks import Ranks
 from model.facts import hidden_matrices
 
@@ -28,20 +28,20 @@ MOMENTUM = 0.95
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(module: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
-    """The optimizer that trainer.optimizer names, with learning rate 0.
+def build_optimizer(module: nn.Module, chosen: OptimizerPart) -> torch.optim.Optimizer:
+    """Build the chosen optimizer, with learning rate 0.
 
     Each group's `lr_scale` is the factor on the learning rate that belongs to it.
     """
-    if config.optimizer == "adamw":
+    if isinstance(chosen, AdamW):
         groups = [
-            {**group, "lr_scale": 1.0} for group in _adam_groups(list(_trained(module).values()), config.weight_decay)
+            {**group, "lr_scale": 1.0} for group in _adam_groups(list(_trained(module).values()), chosen.weight_decay)
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
     # Here: it takes two seconds to import.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    return MuonWithAuxAdam(_muon_groups(module, config.weight_decay))
+    return MuonWithAuxAdam(_muon_groups(module, chosen.weight_decay))
 
 
 def _adam_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

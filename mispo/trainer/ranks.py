@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mispo.config.parts import AdamW, OptimizerPart
 from mispo.config.schema import TrainerConfig
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def max_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def prepare_environment(config: TrainerConfig) -> None:
+def prepare_environment(config: TrainerConfig, optimizer: OptimizerPart) -> None:
     """Fill in what launchers set, so that one process alone starts the same way.
 
     ValueError where `accelerate launch` was told something else than this config: accelerate would obey or ignore it
@@ -116,7 +117,7 @@ def prepare_environment(config: TrainerConfig) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    for name, (field, agreed) in _decided(config).items():
+    for name, (field, agreed) in _decided(config, optimizer).items():
         told = os.environ.get(f"ACCELERATE_{name}", "auto")
         if told.lower() not in ("auto", agreed):
             raise ValueError(
@@ -127,13 +128,14 @@ def prepare_environment(config: TrainerConfig) -> None:
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
 
 
-def _decided(config: TrainerConfig) -> dict[str, tuple[str, str]]:
+def _decided(config: TrainerConfig, optimizer: OptimizerPart) -> dict[str, tuple[str, str]]:
     """What accelerate passes to its processes in ACCELERATE_…: the field that decides it, and what agrees with that."""
+    clipping = optimizer.max_grad_norm if isinstance(optimizer, AdamW) else 1.0
     hosted = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "parameters": ("cpu", "cpu")}[config.offload]
     return {
         "MIXED_PRECISION": ("trainer.dtype", "no"),
         "GRADIENT_ACCUMULATION_STEPS": ("trainer.tokens_per_microbatch", "1"),
-        "GRADIENT_CLIPPING": ("trainer.max_grad_norm", str(config.max_grad_norm)),
+        "GRADIENT_CLIPPING": ("optimizer.max_grad_norm", str(clipping)),
         "DEEPSPEED_ZERO_STAGE": ("trainer.zero_stage", str(config.zero_stage)),
         "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("trainer.offload", hosted[0]),
         "DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("trainer.offload", hosted[1]),

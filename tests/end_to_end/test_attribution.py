@@ -84,7 +84,7 @@ def test_a_run_attributes_its_mismatch(run: Path) -> None:
     for row in (first, second):
         assert sum(row[share] for share in shares) == pytest.approx(1)
     assert first["attribution/weights"] == 0  # nothing has been learnt yet
-    assert second["rollout/staleness"] == 4
+    assert second["rollout/lag"] == 4
     assert second["attribution/weights"] > 0.9
     assert {path.name for path in (run / "attribution").iterdir()} == {
         "step_1.json", "step_1.png", "step_2.json", "step_2.png",

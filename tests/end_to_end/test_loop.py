@@ -98,7 +98,7 @@ def test_on_policy_in_fp32_the_papers_bounds_accept_everything(straight: Path) -
         assert row["mis/traj_accept"] == 1.0
         assert row["mis/token_accept"] == 1.0
         assert row["mismatch/max_abs"] < 1e-4
-        assert row["rollout/staleness"] == 0
+        assert row["rollout/lag"] == 0
         assert row["sync/max_abs"] < 1e-4
 
 
@@ -110,7 +110,7 @@ def test_with_stale_rollouts_the_acceptance_falls(tmp_path: Path) -> None:
     assert sum(updates[:3]) > 6
     for step in (1, 2, 3, 4):
         done = sum(updates[: step - 1])
-        assert rows[step]["rollout/staleness"] == min(done, 6)
+        assert rows[step]["rollout/lag"] == min(done, 6)
         assert {row["weight_version"] for row in columns_of(tmp_path / "stale", step)} == {max(done - 6, 0)}
 
 
