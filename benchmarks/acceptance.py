@@ -19,7 +19,7 @@ from writing import table, write_results
 
 from mispo.algorithm.filter import Proposal, bounds_filter
 from mispo.algorithm.segments import offsets_of
-from mispo.config.schema import FilterConfig
+from mispo.config.algorithm_parts import Bounds
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,7 +29,7 @@ LENGTHS = (16, 64, 256, 1024, 4096)
 COUNT = 1000
 FIGURE = Path(__file__).parent.parent / "docs" / "acceptance.png"
 
-CONFIG = FilterConfig()
+CONFIG = Bounds()
 TOKEN, WINDOW = tuple(CONFIG.token_bounds), tuple(CONFIG.trajectory_bounds)
 
 

@@ -63,7 +63,7 @@ class Load:
 def stages(load: Load) -> dict[str, Callable[[], object]]:
     """The parts of a step's mathematics, each to be called once per step (a loss: once over all its mini-batches)."""
     names = ("mispo", "mispo_quantile", "mispo_metropolis", "random_reject", "ppo", "gspo", "cispo")
-    methods = {name: build_method(load_config([f"algorithm={name}"])) for name in names}
+    methods = {name: build_method(load_config([f"algorithm={name}"]), (0.0, 1.0)) for name in names}
     advantages_N = torch.randn_like(load.old_N)
 
     def loss(name: str) -> Tensor:
@@ -84,11 +84,12 @@ def stages(load: Load) -> dict[str, Callable[[], object]]:
         return group_advantages(load.rewards_B, everything_B, group_B, "group_std")[owner_of(load.offsets_B1)]
 
     def metrics() -> object:
-        selection = methods["mispo"].filter(load.proposal())
-        sums = mismatch_sums(load.old_N, load.rollout_N, selection.keep_N, load.offsets_B1)
+        proposal = load.proposal()
+        selection = methods["mispo"].filter(proposal)
+        sums = mismatch_sums(proposal.log_x_N, load.rollout_N, selection.keep_N, load.offsets_B1)
         lengths_B = lengths_of(load.offsets_B1).double()
         found = acceptance_metrics(selection, lengths_B, load.rewards_B, torch.zeros_like(lengths_B))
-        return found | mismatch_metrics(sums, ratio_histogram(load.old_N, load.rollout_N))
+        return found | mismatch_metrics(sums, ratio_histogram(proposal.log_x_N))
 
     filters = {
         f"filter, {name}": lambda name=name: methods[name].filter(load.proposal()).weights(load.offsets_B1)

@@ -73,7 +73,7 @@ def start_of(recipe: str, seed: int) -> tuple[str, ...]:
 def overrides_of(recipe: str, method: str, staleness: int, seed: int, start: Path) -> tuple[str, ...]:
     """A method from the warm start of its seed."""
     return (
-        *(f"recipe={recipe}", f"algorithm={method}", f"seed={seed}", f"rollout.staleness={staleness}"),
+        *(f"recipe={recipe}", f"algorithm={method}", f"seed={seed}", f"rollout.lag={staleness}"),
         *("model.preset=null", f"model.path={start}/checkpoints/step_1/actor", "warm_start.steps=0"),
         *(f"trainer.steps={STEPS[staleness]}", "tracking.rollouts_every=0"),
     )

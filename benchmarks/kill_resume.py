@@ -30,7 +30,7 @@ from mispo.monitor.rows import read_rows
 
 OPTIONS = (
     *("recipe=smoke", "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "warm_start.steps=30"),
-    *("data.task_args.max_n=63", "data.eval_size=8", "rollout.staleness=2", "algorithm=mispo_quantile"),
+    *("data.task_args.max_n=63", "data.eval_size=8", "rollout.lag=2", "algorithm=mispo_quantile"),
     *("checkpoint.every=2", "tracking=disabled"),
 )
 TIMES = ("timing_s/", "perf/")

@@ -45,7 +45,7 @@ class Arm:
 STALE = ("recipe=quickstart_stale", "trainer.steps=24", "router.attribute_every=10")
 BF16 = "rollout.dtype=bf16"
 ARMS = (Arm("fp32", STALE), Arm("bf16", (*STALE, BF16)))
-WHAT_IF = (Arm("if bf16", (BF16,)), Arm("if bf16, on policy", (BF16, "rollout.staleness=0")))
+WHAT_IF = (Arm("if bf16", (BF16,)), Arm("if bf16, on policy", (BF16, "rollout.lag=0")))
 """Overrides for `mispo attribute` on the last checkpoint of the first of ARMS."""
 
 RUN_COLUMNS = (

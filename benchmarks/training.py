@@ -21,16 +21,17 @@ from measuring import in_use_mib, peak_mib, synchronize
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mispo.algorithm.advantage import group_advantages
-from mispo.algorithm.loss import ppo_loss
-from mispo.algorithm.objective import Objective, Samples
-from mispo.algorithm.segments import owner_of, segment_mean
+from mispo.algorithm.method import Outcome
+from mispo.algorithm.segments import segment_mean
+from mispo.build.algorithm import build_method
+from mispo.config.load import load_config
+from mispo.config.parts import AdamW, Muon
 from mispo.config.schema import TrainerConfig
-from mispo.trainer.batch import Layout, pack
+from mispo.trainer.batch import Layout, Packing, pack
 from mispo.trainer.engine import TrainEngine, build_engines, start_ranks
 from mispo.trainer.policy import ActorModule, checkpoint_layers, compute_dtype
 from mispo.trainer.scoring import score_policy
-from mispo.trainer.update import update_actor
+from mispo.trainer.update import UpdateSettings, actor_updates, propose
 from model.build import build_policy
 from model.facts import count_flops, peak_flops
 from model.moe.routers import keep_router_fp32
@@ -39,12 +40,16 @@ from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 from rollouts.trajectory import Prompt, Trajectory, Turn
 
+GRPO = ("algorithm=grpo", "algorithm.loss_norm=tokens")
+"""Group advantages, PPO's loss, every token counts the same."""
+
 
 def main() -> None:
     out, text = sys.argv[1:]
     load = loads(text)
-    config = TrainerConfig(zero_stage=load.zero_stage, optimizer=load.optimizer, dtype=load.dtype, actor_lr=0.0)
-    accelerator, ranks = start_ranks(config)
+    config = TrainerConfig(zero_stage=load.zero_stage, dtype=load.dtype, actor_lr=0.0)
+    optimizer = Muon() if load.optimizer == "muon" else AdamW()
+    accelerator, ranks = start_ranks(config, optimizer)
     everything = trajectories(load)
     share = ranks.share(len(everything))
     before = in_use_mib()
@@ -54,7 +59,7 @@ def main() -> None:
     if load.checkpointing:
         checkpoint_layers(policy, load.zero_stage)
     module = ActorModule(policy, compute_dtype(load.dtype, ranks.device))
-    actor, _ = build_engines(accelerator, ranks, module, None, config, {"actor": forward})
+    actor, _ = build_engines(accelerator, ranks, module, None, config, optimizer, {"actor": forward})
     layouts = {name: Layout(load.tokens_per_microbatch, name == "packed") for name in load.layouts}
     run = partial(step, actor, everything[share.start : share.stop], torch.tensor(list(share)), load)
     first = {name: run(layout).logprobs for name, layout in layouts.items()}
@@ -140,24 +145,25 @@ class Times:
 def step(actor: TrainEngine, mine: list[Trajectory], positions_B: Tensor, load: Load, layout: Layout) -> Times:
     """One step of GRPO without its rollouts, on this rank's trajectories."""
     clock = [now(actor)]
-    batch = pack(mine, truncation="mask", positions_B=positions_B, total=len(load.lengths))
+    prompts = len(load.lengths) // load.samples_per_prompt
+    packing = Packing("mask", prompts, load.samples_per_prompt, penalty=lambda length: 0.0)
+    batch = pack(mine, positions_B, packing, step=1, version=0, ranks=actor.ranks)
     scores, _ = score_policy(actor, batch, layout, 1.0)
     clock.append(now(actor))
-    groups_B = batch.position_B // load.samples_per_prompt
-    advantages_B = group_advantages(batch.rewards_B, batch.included_B, groups_B, "group_std")
-    advantages_N = advantages_B[owner_of(batch.offsets_B1)]
-    ones_N = torch.ones_like(scores.logprobs_N)
-    update_actor(
-        actor,
-        batch,
-        Samples(scores.logprobs_N, advantages_N, ones_N, ones_N.bool()),
-        Objective(partial(ppo_loss, clip=(0.2, 0.2), dual_clip=None), "tokens", max(load.lengths), 0.0, 0.0),
-        parts=load.minibatches,
-        layout=layout,
-        seed=0,
-        temperature=1.0,
-        after_update=lambda: None,
+    outcome = Outcome(
+        rewards_B=batch.rewards_B,
+        penalties_B=batch.penalties_B,
+        truncated_B=batch.truncated_B,
+        included_B=batch.included_B,
+        values_N=None,
+        bootstrap_B=None,
+        reference_N=None,
+        reduce=actor.ranks.sum,
     )
+    method = build_method(load_config(GRPO), (0.0, 1.0))
+    targets = method.targets(propose(batch, scores.logprobs_N, 0), outcome)
+    settings = UpdateSettings(layout, 0, 1.0, load.minibatches, 1, None, 1.0, 0.0)
+    list(actor_updates(actor, batch, targets, method, settings))
     clock.append(now(actor))
     means = segment_mean(scores.logprobs_N, batch.offsets_B1).tolist()
     return Times(clock[1] - clock[0], clock[2] - clock[1], means)

@@ -59,12 +59,11 @@ def build_method(config: MispoConfig, reward_range: Pair) -> Method:
 
 def build_advantage(config: MispoConfig) -> Advantage:
     """Build the chosen advantage (algorithm/advantage)."""
-    match config.algorithm.advantage, config.critic:
-        case parts.Gae(gamma=gamma, lam=lam), ValueCritic(lam=critic_lam):
-            return with_critic(gamma, lam, critic_lam, config.algorithm.truncation == "bootstrap")
-        case parts.GroupStd() | parts.GroupMean() | parts.Rloo() as group, _:
-            return within_group(group.name)
-    raise AssertionError(f"no advantage is built for {config.algorithm.advantage}")
+    chosen, critic = config.algorithm.advantage, config.critic
+    if isinstance(chosen, parts.Gae) and isinstance(critic, ValueCritic):
+        return with_critic(chosen.gamma, chosen.lam, critic.lam, config.algorithm.truncation == "bootstrap")
+    assert isinstance(chosen, parts.GroupStd | parts.GroupMean | parts.Rloo), f"no advantage is built for {chosen}"
+    return within_group(chosen.name)
 
 
 def build_filter(chosen: parts.FilterPart) -> Filter:

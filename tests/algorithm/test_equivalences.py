@@ -124,7 +124,7 @@ def test_mispo_with_open_bounds_is_reinforce_with_a_critics_baseline(batch: Ragg
 @given(batch=prompts, old_shift=st.sampled_from([0.0, 0.5]))
 def test_tis_without_a_cap_and_without_a_mismatch_is_ppo(batch: Ragged, old_shift: float) -> None:
     advantages_N = batch.tokens("advantages")
-    tis = ["algorithm=tis", "algorithm.correction_cap=inf"]
+    tis = ["algorithm=tis", "algorithm.correction.cap=inf"]
     found = gradient(tis, batch, advantages_N, old_shift, mismatch=0.0)
     assert torch.equal(found, gradient(["algorithm=ppo"], batch, advantages_N, old_shift, mismatch=0.0))
 
@@ -133,7 +133,7 @@ def test_tis_without_a_cap_and_without_a_mismatch_is_ppo(batch: Ragged, old_shif
 def test_tis_without_a_cap_weighs_by_the_importance_ratio(batch: Ragged) -> None:
     """The gradient of each token is x times PPO's."""
     advantages_N = batch.tokens("advantages")
-    found = gradient(["algorithm=tis", "algorithm.correction_cap=inf"], batch, advantages_N, 0.3, mismatch=0.5)
+    found = gradient(["algorithm=tis", "algorithm.correction.cap=inf"], batch, advantages_N, 0.3, mismatch=0.5)
     ppo = gradient(["algorithm=ppo"], batch, advantages_N, 0.3, mismatch=0.5)
     x_N = (-batch.tokens("rollout", 0.5).double()).exp()
     assert torch.allclose(found, ppo * x_N[:, None], rtol=1e-5, atol=1e-9)

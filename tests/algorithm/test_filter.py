@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mispo.algorithm.filter import Proposal, bounds_filter, keep_all, random_reject, token_only
 from mispo.algorithm.segments import offsets_of
-from mispo.config.schema import FilterConfig
+from mispo.config.algorithm_parts import Bounds
 from support.ragged import Ragged, proposal, ragged
 
 TOKEN, TRAJECTORY = (0.5, 2.0), (0.996, 1.001)
@@ -58,9 +58,9 @@ def select(log_x: list[float], lengths: list[int]) -> tuple[list[bool], list[int
 
 
 def test_the_papers_constants_are_the_defaults() -> None:
-    assert FilterConfig().name == "bounds"
-    assert tuple(FilterConfig().token_bounds) == TOKEN
-    assert tuple(FilterConfig().trajectory_bounds) == TRAJECTORY
+    assert Bounds().name == "bounds"
+    assert tuple(Bounds().token_bounds) == TOKEN
+    assert tuple(Bounds().trajectory_bounds) == TRAJECTORY
 
 
 def test_both_ends_belong_to_the_window() -> None:

@@ -30,10 +30,10 @@ SIZES = [
     "trainer.steps=10",
     "trainer.tokens_per_microbatch=1000",
 ]
-ADAMW = ["trainer.optimizer=adamw"]
-MUON = ["trainer.optimizer=muon"]
+ADAMW = ["optimizer=adamw"]
+MUON = ["optimizer=muon"]
 CRITIC_FREE = ["algorithm=grpo"]
-LAG_2 = ["rollout.staleness=2"]
+LAG_2 = ["rollout.lag=2"]
 
 
 def config_of(*overrides: str) -> MispoConfig:

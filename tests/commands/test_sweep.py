@@ -4,18 +4,17 @@ from pathlib import Path
 
 import pytest
 from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from mispo.commands.sweep import result
 from mispo.commands.sweep_loader import SweepLoader
-from mispo.config.schema import MispoConfig
+from mispo.config.registry import register
 
 
 @pytest.fixture
 def loader(tmp_path: Path) -> SweepLoader:
-    ConfigStore.instance().store(name="mispo_defaults", node=MispoConfig)
+    register()
     with initialize_config_module("recipes", version_base="1.3", job_name="mispo"):
         inner = GlobalHydra.instance().config_loader()
     return SweepLoader(inner, tmp_path / "sweep", None)

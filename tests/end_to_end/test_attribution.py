@@ -20,7 +20,7 @@ FLOOR = 1e-4
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     where = tmp_path_factory.mktemp("planted")
-    overrides = [*MICRO, "rollout.staleness=1", "router.attribute_every=1", "rollout.prompts_per_step=16"]
+    overrides = [*MICRO, "rollout.lag=1", "router.attribute_every=1", "rollout.prompts_per_step=16"]
     done = python(str(SCRIPT), str(where / "out.json"), str(where / "run"), *overrides, cwd=where)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((where / "out.json").read_text())
@@ -72,9 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps with stale rollouts, an attribution in each, and everything that can be set about routers."""
     directory = tmp_path_factory.mktemp("attributed") / "run"
     routers = ["attribute_every=1", "replay=rollout", "freeze=true", "bias_update_rate=0.01"]
-    train(
-        directory, "trainer.steps=2", "checkpoint.every=1", "rollout.staleness=4", *(f"router.{key}" for key in routers)
-    )
+    train(directory, "trainer.steps=2", "checkpoint.every=1", "rollout.lag=4", *(f"router.{key}" for key in routers))
     return directory
 
 
@@ -119,6 +117,6 @@ def test_mispo_attribute_says_what_it_lacks(run: Path, tmp_path: Path) -> None:
     done = mispo("attribute", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
     assert "config.yaml" in done.stderr
-    done = mispo("attribute", str(run), "rollout.staleness=9", cwd=tmp_path)
+    done = mispo("attribute", str(run), "rollout.lag=9", cwd=tmp_path)
     assert done.returncode == 2
-    assert "rollout.staleness: 9, but the run kept older weights up to 4" in done.stderr
+    assert "rollout.lag: 9, but the run kept older weights up to 4" in done.stderr

@@ -23,7 +23,12 @@ score.low, score.high = 0.0, 1000.0
 def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bootstrap")
     (folder / "verifier.py").write_text(VERIFIER)
-    options = ["warm_start.steps=0", "rollout.max_new_tokens=8", "reward.name=verifier:score", "algorithm.whiten=none"]
+    options = [
+        "warm_start.steps=0",
+        "rollout.max_new_tokens=8",
+        "reward.parts.task.name=verifier:score",
+        "algorithm.whiten=none",
+    ]
     script = str(Path(__file__).with_name("loop_script.py"))
     done = python(script, str(folder / "out.json"), str(folder / "run"), *MICRO, *options, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]

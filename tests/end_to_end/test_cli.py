@@ -37,7 +37,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["rollout.samples_per_prompt=0"], "error: rollout.samples_per_prompt: 0 is no number from 1 on"),
         (["trainer.critic_minibatches=999"], "error: trainer.critic_minibatches: 999 parts, but a step has only 256"),
         (["seed=0,1"], "error: several values for one key: add -m"),
-        (["reward.name=gmy"], "error: reward.name: no reward 'gmy'; give gym, exact or package.module:function"),
+        (
+            ["reward.parts.task.name=gmy"],
+            "error: reward.parts.task.name: no reward 'gmy'",
+        ),
         (["--resume", "gone"], "error: gone/config.yaml: no such file; this is no run directory"),
         (["--config-dir", "gone"], "error: --config-dir: no directory 'gone'"),
         (["--resum", "gone"], "mispo: error: unknown option --resum"),

@@ -72,7 +72,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-LONG = ("trainer.steps=8", "checkpoint.every=3", "rollout.staleness=2")
+LONG = ("trainer.steps=8", "checkpoint.every=3", "rollout.lag=2")
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -103,7 +103,7 @@ def test_on_policy_in_fp32_the_papers_bounds_accept_everything(straight: Path) -
 
 
 def test_with_stale_rollouts_the_acceptance_falls(tmp_path: Path) -> None:
-    rows = train(tmp_path / "stale", "trainer.steps=4", "rollout.staleness=6", "trainer.actor_lr=3e-4")
+    rows = train(tmp_path / "stale", "trainer.steps=4", "rollout.lag=6", "trainer.actor_lr=3e-4")
     updates = [int(row["actor/updates"]) for row in rows[1:]]
     assert rows[1]["mis/traj_accept"] == 1.0
     assert min(row["mis/traj_accept"] for row in rows[2:]) < 0.8
@@ -115,7 +115,7 @@ def test_with_stale_rollouts_the_acceptance_falls(tmp_path: Path) -> None:
 
 
 def test_a_stale_run_resumes_as_the_same_run(tmp_path: Path) -> None:
-    options = ("rollout.staleness=6", "checkpoint.every=2", "trainer.actor_lr=3e-4")
+    options = ("rollout.lag=6", "checkpoint.every=2", "trainer.actor_lr=3e-4")
     whole = train(tmp_path / "whole", "trainer.steps=4", *options)
     train(tmp_path / "parts", "trainer.steps=2", *options)
     parts = train(tmp_path / "parts", "trainer.steps=4", resume=True)
@@ -149,7 +149,7 @@ def test_a_step_without_anything_accepted_moves_the_critic_only(tmp_path: Path) 
     rows = train(
         tmp_path / "run",
         "trainer.steps=3",
-        "rollout.staleness=4",
+        "rollout.lag=4",
         "trainer.actor_lr=1e-2",
         "algorithm.filter.trajectory_bounds=[1.0,1.0]",
     )
@@ -161,7 +161,7 @@ def test_a_step_without_anything_accepted_moves_the_critic_only(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["mispo_quantile", "mispo_metropolis", "token_only", "random_reject", "no_filter"])
 def test_every_filter_trains(tmp_path: Path, name: str) -> None:
-    options = (f"algorithm={name}", "rollout.staleness=4", "trainer.actor_lr=1e-4", "checkpoint.every=2")
+    options = (f"algorithm={name}", "rollout.lag=4", "trainer.actor_lr=1e-4", "checkpoint.every=2")
     whole = train(tmp_path / "whole", *options, "trainer.steps=3")
     accepted = whole[3]["mis/traj_accept"]
     rows = columns_of(tmp_path / "whole", 3)
@@ -191,7 +191,7 @@ def test_precisions_of_a_gpu_on_cpu(tmp_path: Path, trainer: str, rollout: str, 
 
     In fp16 so little (ρ̄ within 5e-4 of 1) that hardly any of 32 trajectories leaves the paper's window.
     """
-    options = (f"trainer.dtype={trainer}", f"rollout.dtype={rollout}", "rollout.staleness=2")
+    options = (f"trainer.dtype={trainer}", f"rollout.dtype={rollout}", "rollout.lag=2")
     options += (f"algorithm.filter.trajectory_bounds={window}",)
     rows = train(tmp_path / "run", "trainer.steps=2", *options)
     assert 1e-7 < rows[1]["mismatch/k3"] < largest

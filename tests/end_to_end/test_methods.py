@@ -12,10 +12,11 @@ from support.runs import MICRO, mispo, rows_of, train, without_times
 
 GSPO_WITH_A_CRITIC = (
     "algorithm=gspo",
-    "algorithm.advantage=gae",
+    "algorithm/advantage=gae",
+    "critic=separate",
     "algorithm.whiten=batch",
     "algorithm.truncation=bootstrap",
-    "algorithm.clip=[1e-4,1e-4]",
+    "algorithm.loss.clip=[1e-4,1e-4]",
 )
 WITH_A_CRITIC = {name: (f"algorithm={name}",) for name in ("ppo", "tis", "icepop")} | {"gspo_gae": GSPO_WITH_A_CRITIC}
 GROUPED = {name: (f"algorithm={name}",) for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")}
@@ -24,7 +25,7 @@ OTHERS = WITH_A_CRITIC | GROUPED
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_method_trains(tmp_path: Path, name: str) -> None:
-    rows = train(tmp_path / "run", *OTHERS[name], "trainer.steps=3", "rollout.staleness=4", "trainer.actor_lr=1e-4")
+    rows = train(tmp_path / "run", *OTHERS[name], "trainer.steps=3", "rollout.lag=4", "trainer.actor_lr=1e-4")
     critic = name in WITH_A_CRITIC
     for row in rows[1:]:
         assert row["actor/updates"] == 4.0
@@ -62,7 +63,7 @@ def test_a_run_without_a_critic_resumes_and_holds_to_its_reference(tmp_path: Pat
 
 def test_a_critic_on_the_policys_trunk_learns_with_it_and_resumes_as_the_same_run(tmp_path: Path) -> None:
     """Also where the filter rejects everything: then only values are learnt, and the trunk still moves."""
-    options = ("critic.kind=shared", "trainer.critic_minibatches=4", "critic.loss_weight=0.3", "rollout.staleness=1")
+    options = ("critic=shared", "trainer.critic_minibatches=4", "critic.loss_weight=0.3", "rollout.lag=1")
     nothing = ("algorithm.filter.token_bounds=[1.0,1.0]", "algorithm.filter.trajectory_bounds=[1.0,1.0]")
     whole = train(tmp_path / "whole", *options, *nothing, "trainer.steps=3", "checkpoint.every=2")
     train(tmp_path / "parts", *options, *nothing, "trainer.steps=2")
@@ -102,7 +103,7 @@ def test_a_critic_with_a_backbone_of_its_own_choice(tmp_path: Path) -> None:
 
 def test_adapters_learn_on_a_frozen_model_and_resume_as_the_same_run(tmp_path: Path) -> None:
     """On the preset as the warm start left it; the checkpoint is a plain model with the adapters merged in."""
-    options = ("model.lora.rank=4", "trainer.actor_lr=1e-3", "rollout.staleness=1", "checkpoint.every=2")
+    options = ("model.lora.rank=4", "trainer.actor_lr=1e-3", "rollout.lag=1", "checkpoint.every=2")
     whole = train(tmp_path / "whole", *options, "trainer.steps=3")
     train(tmp_path / "parts", *options, "trainer.steps=2")
     parts = train(tmp_path / "parts", "trainer.steps=3", resume=True)
@@ -132,7 +133,7 @@ def test_the_current_mask_rejects_what_the_old_one_keeps(tmp_path: Path) -> None
 def test_an_alarm_names_its_cause_and_can_stop_the_run(tmp_path: Path) -> None:
     done = mispo(
         *("train", "recipe=smoke", "tracking.wandb=disabled", f"run_dir={tmp_path / 'run'}", "warm_start.steps=5"),
-        *("rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "data.eval_size=8", "rollout.staleness=4"),
+        *("rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "data.eval_size=8", "rollout.lag=4"),
         *("trainer.actor_lr=1e-2", "algorithm.filter.trajectory_bounds=[1.0,1.0]"),
         *("alarms.action=stop", "alarms.patience=1", "critic.pretrain_steps=1"),
         cwd=tmp_path,
@@ -140,6 +141,6 @@ def test_an_alarm_names_its_cause_and_can_stop_the_run(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "critic pre-training 1/1" in done.stdout
     assert "alarms.action=stop: mis/traj_accept: 0.00% of the samples accepted" in done.stderr
-    assert "Suspected: stale weights (rollout.staleness=4)" in done.stderr
+    assert "Suspected: stale weights (rollout.lag=4)" in done.stderr
     last = rows_of(tmp_path / "run")[-1]["step"]
     assert (tmp_path / f"run/checkpoints/step_{last}").is_dir()

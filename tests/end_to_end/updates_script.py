@@ -17,6 +17,7 @@ from torch import Tensor
 from mispo.algorithm.loss import mispo_loss
 from mispo.algorithm.method import ValueTargets
 from mispo.algorithm.objective import Objective, Samples
+from mispo.config.parts import AdamW, Muon
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.batch import Layout, Packing, pack
 from mispo.trainer.checkpoint.files import newest_checkpoint
@@ -74,13 +75,13 @@ def main() -> None:
         critic_lr=1e-3,
         actor_warmup_updates=1,
         critic_warmup_updates=1,
-        optimizer=flags.get("--optimizer", "adamw"),
         offload=flags.get("--offload", "none"),
         deepspeed=flags.get("--deepspeed"),
         max_skipped_updates=int(flags.get("--max-skipped", "100")),
     )
+    optimizer = Muon() if flags.get("--optimizer") == "muon" else AdamW()
     layout = Layout(100, packed="--packed" in flags)
-    accelerator, ranks = start_ranks(config)
+    accelerator, ranks = start_ranks(config, optimizer)
     torch.manual_seed(0)
     policy, tokenizer = build_policy("micro", None, seed=0)
     critic_model = Critic.from_policy(policy, 1e-2, 0)
@@ -100,7 +101,13 @@ def main() -> None:
         checkpoint_layers(critic_model.backbone, int(stage))
     flops = {"actor": count_flops(policy), "critic": count_flops(critic_model.backbone)}
     actor, critic = build_engines(
-        accelerator, ranks, ActorModule(policy, torch.float32), CriticModule(critic_model, torch.float32), config, flops
+        accelerator,
+        ranks,
+        ActorModule(policy, torch.float32),
+        CriticModule(critic_model, torch.float32),
+        config,
+        optimizer,
+        flops,
     )
     engine = DeafEngine(copy, [1], 0, 4) if "--deaf" in flags else NativeEngine(copy, [1], 0, 4)
     if "--rehearse" in flags:

@@ -132,7 +132,7 @@ def test_ranks_give_the_standing_of_all_trajectories() -> None:
 
 REGIMES = {
     REPLAY: (Planted(routing=0.05, stale=1e-4), "set router.replay=rollout"),
-    ON_POLICY: (Planted(stale=0.02), "set rollout.staleness=0"),
+    ON_POLICY: (Planted(stale=0.02), "set rollout.lag=0"),
     FREE: (Planted(stale=1e-4), "off-policy training costs nothing measurable; no replay is needed"),
 }
 

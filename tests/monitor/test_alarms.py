@@ -44,7 +44,7 @@ def test_an_alarm_is_told_once_when_its_sign_was_seen_often_enough_in_a_row(name
 @pytest.mark.parametrize(
     ("override", "cause"),
     [
-        ("rollout.staleness=3", "stale weights"),
+        ("rollout.lag=3", "stale weights"),
         ("rollout.dtype=bf16", "precision (rollout.dtype=bf16"),
         ("rollout.temperature=0.7", "temperature"),
     ],

@@ -23,17 +23,19 @@ class ScriptedEngine:
         self.script = script
         self.requests: list[Request] = []
         self._ended: list[tuple[int, Sample]] = []
+        self._waiting: list[str] = []
 
     def submit(self, request: Request) -> int:
         text = self.tokenizer.decode(request.prompt_ids)
-        asked = [self.tokenizer.decode(earlier.prompt_ids) for earlier in self.requests].count(text)
+        asked = self._waiting.count(text)
+        self._waiting.append(text)
         self.requests.append(request)
         sample = self._sample(request, self.script(text, asked, request.temperature))
         self._ended.append((len(self.requests) - 1, sample))
         return len(self.requests) - 1
 
     def finished(self) -> list[tuple[int, Sample]]:
-        ended, self._ended = self._ended, []
+        ended, self._ended, self._waiting = self._ended, [], []
         return ended
 
     def cancel(self, tickets: Collection[int]) -> None:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from mispo.config.parts import AdamW
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.ranks import prepare_environment
 
@@ -18,13 +19,13 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_launcher_says_about_ranks_is_taken() -> None:
-    prepare_environment(TrainerConfig())
+    prepare_environment(TrainerConfig(), AdamW())
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"]) == ("1", "2", "1")
 
 
 def test_one_process_alone_is_rank_0_of_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE")
-    prepare_environment(TrainerConfig())
+    prepare_environment(TrainerConfig(), AdamW())
     assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("0", "0", "1")
 
 
@@ -33,7 +34,7 @@ def test_a_plain_accelerate_launch_is_refused_with_the_fix(monkeypatch: pytest.M
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     with pytest.raises(ValueError, match=r"a single process without DeepSpeed, .* add --use_deepspeed"):
-        prepare_environment(TrainerConfig())
+        prepare_environment(TrainerConfig(), AdamW())
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_plain_accelerate_launch_is_refused_with_the_fix(monkeypatch: pytest.M
         ("MIXED_PRECISION", "bf16", "trainer.dtype"),
         ("MIXED_PRECISION", "fp16", "trainer.dtype"),
         ("GRADIENT_ACCUMULATION_STEPS", "4", "trainer.tokens_per_microbatch"),
-        ("GRADIENT_CLIPPING", "0.5", "trainer.max_grad_norm"),
+        ("GRADIENT_CLIPPING", "0.5", "optimizer.max_grad_norm"),
         ("DEEPSPEED_ZERO_STAGE", "2", "trainer.zero_stage"),
         ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "trainer.offload"),
         ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "trainer.offload"),
@@ -55,7 +56,7 @@ def test_what_accelerate_was_told_otherwise_is_refused(
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(ValueError, match=f"^{field}: ACCELERATE_{name}={value} .*{field} alone decides"):
-        prepare_environment(TrainerConfig(zero_stage=3, offload="parameters"))
+        prepare_environment(TrainerConfig(zero_stage=3, offload="parameters"), AdamW())
 
 
 def test_an_accelerate_config_that_agrees_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,5 +72,5 @@ def test_an_accelerate_config_that_agrees_is_taken(monkeypatch: pytest.MonkeyPat
     }
     for name, value in agreeing.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    prepare_environment(TrainerConfig(zero_stage=2, offload="optimizer"))
+    prepare_environment(TrainerConfig(zero_stage=2, offload="optimizer"), AdamW())
     assert "ACCELERATE_CONFIG_DS_FIELDS" not in os.environ

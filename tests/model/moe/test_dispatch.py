@@ -19,6 +19,7 @@ from transformers import (
 
 from mispo.build.models import Policy, build_models, build_modules
 from mispo.build.setup import Setup
+from mispo.config.parts import Native
 from mispo.config.schema import MispoConfig, RolloutConfig
 from mispo.system.rundir import RunDir
 from mispo.trainer.ranks import Ranks
@@ -85,7 +86,7 @@ def test_the_rollout_copy_computes_as_the_trainer_does_and_a_checkpoint_says_not
     checkpoint: Path, tmp_path: Path
 ) -> None:
     policy, tokenizer = build_policy(None, str(checkpoint))
-    config = MispoConfig(rollout=RolloutConfig(dtype="bf16", slots=2))
+    config = MispoConfig(rollout=RolloutConfig(dtype="bf16"), engine=Native(slots=2))
     setup = Setup(config, RunDir(tmp_path), None, cast(Accelerator, None), Ranks(0, 1, torch.device("cpu")), None)
     models = build_models(setup, Policy(policy, tokenizer), samples=True)
     assert models.engine is not None
