@@ -70,9 +70,9 @@ def build_learner(setup: Setup, models: Models, modules: Modules, layout: Layout
         replays_old=config.router.replay == "old",
         critic_only_steps=chosen.warmup_steps if isinstance(chosen, SeparateCritic) else 0,
         bias_rate=config.router.bias_update_rate,
-        num_experts=models.num_experts,
+        num_experts=models.facts.experts,
     )
-    _rehearse(setup, learner, models.vocabulary)
+    _rehearse(setup, learner, models.facts.vocabulary)
     return learner
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mispo.build.setup import Setup
@@ -24,7 +23,7 @@ from mispo.trainer.policy import ActorModule, CriticModule, Reference, checkpoin
 from mispo.warm_start.train import warm_start
 from model.build import build_policy, let_drafts_learn
 from model.critic import Critic, ValueHead
-from model.facts import ForwardFlops, count_flops
+from model.facts import Facts, ForwardFlops, count_flops, facts_of
 from model.lora import add_lora, load_trained
 from model.moe.balance import freeze_routers, selection_biases
 from model.moe.dispatch import experts_in_use
@@ -65,9 +64,8 @@ class Models:
     critic: Critic | None
     value_head: ValueHead | None
     reference: Reference | None
+    facts: Facts
     flops: Mapping[str, ForwardFlops]
-    num_experts: int
-    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -154,15 +152,15 @@ def build_models(setup: Setup, policy: Policy, *, samples: bool) -> Models:
     chosen = config.critic
     critic = _critic(setup, policy, chosen) if isinstance(chosen, SeparateCritic) else None
     reference = _reference(setup, policy)
+    facts = facts_of(policy.model)
     return Models(
         policy=policy,
         engine=_engine(setup, policy) if samples else None,
         critic=critic,
         value_head=_value_head(setup, policy, chosen) if isinstance(chosen, SharedCritic) else None,
         reference=reference,
-        flops={"actor": count_flops(policy.model)} | ({"critic": count_flops(critic.backbone)} if critic else {}),
-        num_experts=num_experts(policy.model),
-        vocabulary=policy.model.config.get_text_config().vocab_size,
+        facts=facts,
+        flops={"actor": facts.forward} | ({"critic": count_flops(critic.backbone)} if critic else {}),
     )
 
 
@@ -286,12 +284,6 @@ def _add_adapters(setup: Setup, models: Models, dtype: torch.dtype) -> None:
         load_trained(policy, load_file(setup.checkpoint / "adapters.safetensors"))
         if critic:
             load_trained(critic, load_file(setup.checkpoint / "critic.safetensors"))
-
-
-def num_experts(policy: nn.Module) -> int:
-    """Count the experts of a MoE layer, 0 for a dense model."""
-    routers = find_routers(policy)
-    return routers[0].module.weight.shape[0] if routers else 0
 
 
 def _about(setup: Setup, policy: PreTrainedModel, dtype: torch.dtype, *, packed: bool) -> str:

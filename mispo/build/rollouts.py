@@ -47,7 +47,7 @@ def build_sampler(
     if models.engine is None:
         pool.close()  # saved trajectories have their rewards
         prompts, samples = rollout.prompts_per_step, rollout.samples_per_prompt
-        return SavedSampler(saved, prompts, samples, models.vocabulary, ranks, clock)
+        return SavedSampler(saved, prompts, samples, models.facts.vocabulary, ranks, clock)
     settings = StepSettings(
         prompts_per_step=rollout.prompts_per_step,
         sampling=Sampling(

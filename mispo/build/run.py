@@ -96,7 +96,7 @@ def _assemble(
             last=setup.checkpoint,
         ),
         low_confidence=low_confidence,
-        about=About(models.num_experts, reward_range),
+        about=About(models.facts.experts, reward_range),
         attributor=build_attributor(setup, models, learner),
         clock=clock,
         interrupt=interrupt,
