@@ -34,8 +34,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["trainer.steps=many"], "error: trainer.steps: Value 'many'"),
         (["recipe=smok"], "error: recipe: no recipe named 'smok'; did you mean smoke?"),
         (["data.task=count_bit"], "error: data.task: reasoning-gym has no generator 'count_bit'; did you mean"),
-        (["rollout.samples_per_prompt=0"], "error: rollout.samples_per_prompt: 0 is no number from 1 on"),
-        (["trainer.critic_minibatches=999"], "error: trainer.critic_minibatches: 999 parts, but a step has only 256"),
+        (["rollout.samples_per_prompt=0"], "error: rollout.samples_per_prompt: must be at least 1 (is 0)"),
+        (
+            ["trainer.critic_minibatches=999"],
+            "error: trainer.critic_minibatches: must be at most the trajectories of a step, 256",
+        ),
         (["seed=0,1"], "error: several values for one key: add -m"),
         (
             ["reward.parts.task.name=gmy"],
@@ -48,7 +51,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["-m", "seed=0,1", "--dry-run"], "error: -m: cannot be combined with --resume, --rollouts or --dry-run"),
         (["-m", "seed=0,1", "hydra/sweeper=optun"], "error: hydra/sweeper: no hydra/sweeper named 'optun'; is its"),
         (["-m", "seed=0,1", "recipe=smoke,smok"], "error: recipe: no recipe named 'smok'"),
-        (["-m", "trainer.actor_minibatches=8,999"], "error: trainer.actor_minibatches: 999 parts, but a step has only"),
+        (
+            ["-m", "trainer.actor_minibatches=8,999"],
+            "error: trainer.actor_minibatches: must be at most the trajectories of a step, 256",
+        ),
         (["-m", "seed=0,1", "run_dir=a,b"], "error: run_dir: give one directory"),
         (["--rollouts", "seed=1"], "error: --rollouts: 'seed=1' is no file; give RUN/rollouts/step_N.parquet"),
         (["--rollouts", "gone.parquet"], "error: --rollouts: no such file 'gone.parquet'"),
@@ -196,7 +202,7 @@ def test_resuming_from_a_checkpoint_with_a_foreign_actor_is_refused(tmp_path: Pa
 
     settled = mispo("train", "--resume", str(run), "model.preset=tiny", cwd=tmp_path)
     assert settled.returncode == 2
-    assert "model.preset: was settled when the run began" in settled.stderr
+    assert "model.preset: is fixed when a run begins" in settled.stderr
 
 
 def test_the_version_of_the_package_is_the_programs() -> None:
