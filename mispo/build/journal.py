@@ -36,7 +36,7 @@ def _tracker(setup: Setup) -> Tracker:
         settings=setup.config.tracking,
         config=asdict(setup.config),
         resume_step=state.get("step"),
-        wandb_id=state["states"]["journal"]["wandb_id"] if state else None,
+        wandb_id=state.get("states", {}).get("journal", {}).get("wandb_id"),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,9 @@ class Journal:
 
 
 class Clock:
-    """Seconds per phase of a step; a phase may come several times. watch: `Watchdog.watch`, told of each phase."""
+    """Measures the seconds of each phase of a step; a phase may come several times. watch: see `Watchdog.watch`."""
 
-    def __init__(self, watch: Any) -> None:
+    def __init__(self, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         self._watch = watch
         self._seconds: dict[str, float] = {}
 

@@ -116,8 +116,14 @@ class Checkpoints:
         self.learner.ranks.barrier()
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint; the weights themselves were read when the models were built."""
+        """Continue from a checkpoint; the weights themselves were read when the models were built.
+
+        ValueError for a checkpoint that has other states than this run has parts, before anything is restored.
+        """
         states = read_state(checkpoint)["states"]
+        for name in sorted(self.registered.keys() ^ states.keys()):
+            held = "has no state of" if name in self.registered else "has an unknown state,"
+            raise ValueError(f"--resume: {checkpoint} {held} {name}; it was written by another version of mispo")
         for name, part in self.registered.items():
             part.restore(states[name])
         for engine in (self.learner.actor, self.learner.critic):
