@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mispo.build.models import Models
 from mispo.build.setup import Setup
+from mispo.config import parts
 from mispo.config.algorithm_parts import WindowFilter
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data
@@ -18,6 +19,7 @@ from mispo.trainer.learner import Learner
 from mispo.warm_start.traces import careful_reference
 from rewards.pool import RewardPool
 from rewards.registry import PartSpec, RewardSpec
+from rollouts.environment import Environment
 from rollouts.environments.single_turn import SingleTurn
 from rollouts.episodes import Sampling
 from rollouts.sampler import Sampler, StepSettings, SynchronousSampler
@@ -28,8 +30,14 @@ PERMUTED = "Control experiment: the rewards were shuffled within each step."
 
 def build_pool(config: MispoConfig) -> RewardPool:
     """Start the processes that grade."""
-    parts = {name: PartSpec(part.name, part.weight) for name, part in config.reward.parts.items()}
-    return RewardPool(RewardSpec(parts, config.data.task), config.reward.workers, config.reward.timeout_s)
+    terms = {name: PartSpec(part.name, part.weight) for name, part in config.reward.parts.items()}
+    return RewardPool(RewardSpec(terms, config.data.task), config.reward.workers, config.reward.timeout_s)
+
+
+def build_environment(chosen: parts.EnvironmentPart) -> Environment:
+    """Build the chosen environment (environment)."""
+    assert isinstance(chosen, parts.SingleTurn), f"no environment is built for {chosen}"
+    return SingleTurn()
 
 
 def build_sampler(
@@ -62,7 +70,7 @@ def build_sampler(
     )
     return SynchronousSampler(
         engine=models.engine,
-        environment=SingleTurn(),
+        environment=build_environment(setup.config.environment),
         prompts=data.stream.take,
         grader=pool,
         tokenizer=models.policy.tokenizer,

@@ -199,18 +199,6 @@ def test_folders_named_as_our_packages_where_the_user_stands_do_no_harm(tmp_path
     assert "preset: micro" in done.stdout
 
 
-def test_every_setting_is_read_somewhere() -> None:
-    """A key that changes nothing is a lie."""
-    code = "\n".join(
-        path.read_text()
-        for folder in ("mispo", "rollouts", "rewards", "model")
-        for path in (ROOT / folder).rglob("*.py")
-        if path.parent.name != "config"
-    )
-    unread = [key for key, _ in keys_of(MispoConfig()) if not re.search(rf"\.{key.rpartition('.')[2]}\b", code)]
-    assert unread == []
-
-
 def test_a_config_is_loaded_and_a_bad_key_refused_without_torch() -> None:
     program = (
         "import sys; from mispo.config.load import load_config; load_config(['recipe=smoke'])\n"
