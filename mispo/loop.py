@@ -79,14 +79,14 @@ def report(run: Run, step: int, metrics: dict[str, float]) -> None:
     stop_if_asked(run, step)
 
 
-def attribute(run: Run, step: int, record: StepRecord) -> Mapping[str, float]:
+def attribute(run: Run, step: int, record: StepRecord) -> dict[str, float]:
     """Measure where the mismatch of this step comes from, where that is due."""
     if run.attributor is None or not run.schedule.attributes(step):
         return {}
     with run.clock("attribute"):
         attribution, standing = run.attributor.measure(record)
         run.journal.attribution(step, attribution, standing)
-    return attribution_metrics(attribution)
+    return dict(attribution_metrics(attribution))
 
 
 def attribute_next(run: Run) -> tuple[int, Attribution, Standing]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,7 @@ class QuantileFilter:
         """What `restore` takes."""
         return {"steps": self.steps} | {f"width/{bucket}": width for bucket, width in self.widths.items()}
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Continue where a checkpoint was."""
         self.steps = int(state.get("steps", 0))
         self.widths = {int(key.removeprefix("width/")): state[key] for key in state if key.startswith("width/")}

@@ -8,7 +8,7 @@ any number of ranks, and returns a `Selection`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -81,7 +81,7 @@ class Filter(Protocol):
         """What a resumed run has to `restore`."""
         ...
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Continue where a checkpoint was; the state of another filter is ignored."""
         ...
 
@@ -98,7 +98,7 @@ class FixedFilter:
     def state(self) -> dict[str, float]:
         return {}
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Nothing to restore."""
 
 

@@ -70,14 +70,16 @@ def build_filter(chosen: parts.FilterPart) -> Filter:
     """Build the chosen filter (algorithm/filter)."""
     match chosen:
         case parts.Bounds():
-            return FixedFilter(partial(bounds_filter, **_bounds(chosen)))
+            tokens, trajectories = _pair(chosen.token_bounds), _pair(chosen.trajectory_bounds)
+            return FixedFilter(partial(bounds_filter, token_bounds=tokens, trajectory_bounds=trajectories))
         case parts.Quantile():
             target = _pair(chosen.target_acceptance)
             return QuantileFilter(_pair(chosen.token_bounds), target, chosen.target_steps, chosen.by_length)
         case parts.Metropolis():
             return FixedFilter(partial(metropolis, ratio=chosen.ratio))
         case parts.Random():
-            return FixedFilter(partial(random_reject, **_bounds(chosen)))
+            tokens, trajectories = _pair(chosen.token_bounds), _pair(chosen.trajectory_bounds)
+            return FixedFilter(partial(random_reject, token_bounds=tokens, trajectory_bounds=trajectories))
         case parts.TokenOnly():
             return FixedFilter(partial(token_only, token_bounds=_pair(chosen.token_bounds)))
         case parts.KeepAll():
@@ -109,13 +111,6 @@ def build_correction(chosen: parts.CorrectionPart) -> Correction:
         case parts.IcePop():
             return partial(icepop, bounds=_pair(chosen.bounds))
     raise AssertionError(f"no correction is built for {chosen}")
-
-
-def _bounds(chosen: parts.WindowFilter) -> dict[str, Pair]:
-    return {
-        "token_bounds": _pair(chosen.token_bounds),
-        "trajectory_bounds": _pair(chosen.trajectory_bounds),
-    }
 
 
 def _pair(numbers: list[float]) -> Pair:

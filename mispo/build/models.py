@@ -127,7 +127,7 @@ def warm_policy(setup: Setup, opened: Opened, stream: PromptStream) -> Policy:
     The first rank trains, the others take its weights and its place in the prompt stream.
     """
     ranks, settings = setup.ranks, setup.config.warm_start
-    policy = Policy(opened.model.to(ranks.device), opened.tokenizer)
+    policy = Policy(placed(opened.model, ranks.device), opened.tokenizer)
     if setup.checkpoint is not None or not settings.steps:
         return policy
     every = max(1, settings.steps // WARM_START_LINES)
@@ -170,7 +170,7 @@ def _critic(setup: Setup, policy: Policy, chosen: SeparateCritic) -> Critic:
     if chosen.model is None:
         critic = Critic.from_policy(policy.model, chosen.head_init_std, config.seed)
     else:
-        model = _other_model("critic.model", chosen.model, setup, policy).to(policy.model.device)
+        model = placed(_other_model("critic.model", chosen.model, setup, policy), policy.model.device)
         critic = Critic(model.get_decoder(), chosen.head_init_std, config.seed)
     if setup.checkpoint and not config.model.lora.rank:
         critic.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))
@@ -206,7 +206,7 @@ def _reference(setup: Setup, policy: Policy) -> Reference | None:
     else:
         model = _other_model("algorithm.reference", path, setup, policy)
     dtype = compute_dtype(setup.config.trainer.dtype, setup.ranks.device)
-    return Reference(ActorModule(model.to(setup.ranks.device), dtype), setup.ranks)
+    return Reference(ActorModule(placed(model, setup.ranks.device), dtype), setup.ranks)
 
 
 def _other_model(key: str, path: str, setup: Setup, policy: Policy) -> PreTrainedModel:
@@ -229,7 +229,7 @@ def _engine(setup: Setup, policy: Policy) -> NativeEngine:
     assert isinstance(chosen, Native), f"no engine is built for {chosen.name}"
     attention = "eager" if model.config._attn_implementation == "eager" else "sdpa"  # takes the slot cache's masks
     copied = copy_of(model, model.state_dict(), setup.ranks.device, attention)
-    copied.to(dtype=compute_dtype(config.rollout.dtype, setup.ranks.device))
+    placed(copied, setup.ranks.device, compute_dtype(config.rollout.dtype, setup.ranks.device))
     keep_router_fp32(copied)
     ends = model.generation_config.eos_token_id if model.generation_config else None
     end = policy.tokenizer.eos_token_id
@@ -284,6 +284,13 @@ def _add_adapters(setup: Setup, models: Models, dtype: torch.dtype) -> None:
         load_trained(policy, load_file(setup.checkpoint / "adapters.safetensors"))
         if critic:
             load_trained(critic, load_file(setup.checkpoint / "critic.safetensors"))
+
+
+def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Move a model in place; the decorator of transformers' own `to` hides its type."""
+    moving: nn.Module = model
+    moving.to(device=device, dtype=dtype)
+    return model
 
 
 def _about(setup: Setup, policy: PreTrainedModel, dtype: torch.dtype, *, packed: bool) -> str:

@@ -20,7 +20,7 @@ from mispo.monitor.journal import Clock
 from mispo.monitor.watchdog import Watchdog
 from mispo.run import Run
 from mispo.system.interrupt import Interrupt
-from mispo.trainer.checkpoint.states import Checkpoints
+from mispo.trainer.checkpoint.states import Checkpoints, Stateful
 from mispo.trainer.learner import Learner
 from rewards.pool import RewardPool
 
@@ -71,7 +71,7 @@ def _assemble(
     evaluator = build_evaluator(setup, models, data, pool)
     journal = build_journal(setup, tracked=tracked)
     low_confidence = LowConfidence()
-    registered = {
+    registered: dict[str, Stateful] = {
         "data": data.stream,
         "learner": learner,
         "filter": method.filter,

@@ -188,7 +188,9 @@ def rollout_experts(trajectories: Sequence[Trajectory], routing: Routing) -> Ten
     """Return what the rollout activated where the scored tokens were decided: [L, N, k], as the trainer's `routing`."""
     if not trajectories:
         return routing.own
-    decided = [t.routed_experts[len(t.prompt_ids) - 1 :][t.action_mask] for t in trajectories]
+    decided = [
+        t.routed_experts[len(t.prompt_ids) - 1 :][t.action_mask] for t in trajectories if t.routed_experts is not None
+    ]
     return torch.cat(decided).transpose(0, 1)
 
 

@@ -128,7 +128,7 @@ def pack(
         ids=[torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories],
         columns=[at + len(t.prompt_ids) - 1 for t, at in zip(trajectories, scored, strict=True)],
         offsets_B1=offsets_of(torch.tensor([len(at) for at in scored], dtype=torch.int64)),
-        experts=[t.routed_experts for t in trajectories] if packing.replay else None,
+        experts=[t.routed_experts for t in trajectories if t.routed_experts is not None] if packing.replay else None,
         step=step,
         ranks=ranks,
         trajectories=trajectories,
@@ -207,13 +207,26 @@ class Layout:
             replay = laid_out([batch.experts[b] for b in members], widths, device)
         if not self.packed:
             # Nothing real ever sees what is on its right: causal attention needs no mask for the padding.
-            real = (t.to(device) for t in (padded, rows, at, targets))
-            return ModelInput(*real, positions=None, lengths=tuple(lengths.tolist()), replay=replay)
+            return ModelInput(
+                padded.to(device),
+                rows.to(device),
+                at.to(device),
+                targets.to(device),
+                positions=None,
+                lengths=tuple(lengths.tolist()),
+                replay=replay,
+            )
         starts = offsets_of(lengths)[:-1]
         positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
-        flat = (torch.cat(ids)[None], torch.zeros_like(rows), starts[rows] + at, targets)
-        real = (t.to(device) for t in flat)
-        return ModelInput(*real, positions=positions.to(device), lengths=tuple(lengths.tolist()), replay=replay)
+        return ModelInput(
+            torch.cat(ids)[None].to(device),
+            torch.zeros_like(rows).to(device),
+            (starts[rows] + at).to(device),
+            targets.to(device),
+            positions=positions.to(device),
+            lengths=tuple(lengths.tolist()),
+            replay=replay,
+        )
 
 
 def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import deepspeed
 import torch
@@ -23,10 +23,13 @@ from mispo.config.parts import AdamW, Muon, OptimizerPart
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.batch import ModelInput
 from mispo.trainer.optimizer import OptimizerStates, build_optimizer
+from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
 from model.facts import FlopCounter, ForwardFlops
 from model.lora import has_lora
 from model.moe.routers import find_routers
+
+M = TypeVar("M", bound=nn.Module)
 
 DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",
@@ -58,7 +61,7 @@ class Update:
     stats: Mapping[str, float] = field(default_factory=dict)
 
 
-class TrainEngine:
+class TrainEngine(Generic[M]):
     """A module with its optimizer under DeepSpeed.
 
     lr rises linearly over the first `warmup` updates, then stays. `updates` counts the applied ones, `flops` what is
@@ -89,8 +92,8 @@ class TrainEngine:
         self._check_after = (2 if has_lora(engine.module) else 1) if config.all_must_learn else 0
 
     @property
-    def module(self) -> nn.Module:
-        return self.engine.module
+    def module(self) -> M:
+        return cast(M, self.engine.module)
 
     def forward(self, x: ModelInput, *args: Any) -> Any:
         """The module's forward, through DeepSpeed."""
@@ -206,33 +209,30 @@ def start_ranks(config: TrainerConfig, optimizer: OptimizerPart) -> tuple[Accele
 def build_engines(
     accelerator: Accelerator,
     ranks: Ranks,
-    actor: nn.Module,
-    critic: nn.Module | None,
+    actor: ActorModule,
+    critic: CriticModule | None,
     config: TrainerConfig,
     optimizer: OptimizerPart,
     flops: Mapping[str, ForwardFlops],
-) -> tuple[TrainEngine, TrainEngine | None]:
+) -> tuple[TrainEngine[ActorModule], TrainEngine[CriticModule] | None]:
     """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed; some methods have no critic.
 
     flops: of a forward of each, by name.
     """
-    engines: list[TrainEngine | None] = []
-    for name, module, lr, warmup in (
-        ("actor", actor, config.actor_lr, config.actor_warmup_updates),
-        ("critic", critic, config.critic_lr, config.critic_warmup_updates),
-    ):
-        if module is None:
-            engines.append(None)
-            continue
+
+    def build(name: str, module: M, lr: float, warmup: int) -> TrainEngine[M]:
         accelerator.state.select_deepspeed_plugin(name)
         if config.zero_stage == 3:
             gather_moe_layers_whole(module)
         # lr 0 while DeepSpeed sets up its states: nothing may move before the first update.
         engine, _ = accelerator.prepare(module, build_optimizer(module, optimizer))
         counter = FlopCounter(flops[name], backward=1.0 if has_lora(module) else 2.0)
-        engines.append(TrainEngine(name, engine, ranks, lr, warmup, config, counter))
-    assert engines[0] is not None
-    return engines[0], engines[1]
+        return TrainEngine(name, engine, ranks, lr, warmup, config, counter)
+
+    return (
+        build("actor", actor, config.actor_lr, config.actor_warmup_updates),
+        build("critic", critic, config.critic_lr, config.critic_warmup_updates) if critic else None,
+    )
 
 
 def gather_moe_layers_whole(module: nn.Module) -> list[str]:

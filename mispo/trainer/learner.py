@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from mispo.metrics.routing import expert_load
 from mispo.trainer.balance import share_out
 from mispo.trainer.batch import Batch, Packing, pack
 from mispo.trainer.engine import TrainEngine, Update
-from mispo.trainer.policy import Reference
+from mispo.trainer.policy import ActorModule, CriticModule, Reference
 from mispo.trainer.publish import Publisher
 from mispo.trainer.ranks import Ranks
 from mispo.trainer.scoring import Scores, Values, score_logprobs, score_policy, score_values
@@ -46,8 +47,8 @@ class Learner:
     """
 
     ranks: Ranks
-    actor: TrainEngine
-    critic: TrainEngine | None
+    actor: TrainEngine[ActorModule]
+    critic: TrainEngine[CriticModule] | None
     reference: Reference | None
     publisher: Publisher | None
     packing: Packing
@@ -128,7 +129,7 @@ class Learner:
         """Return the counters that `restore` takes; the tensors are trainer/checkpoint's."""
         return {"actor_updates": self.actor.updates, "critic_updates": self.critic.updates if self.critic else 0}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: Mapping[str, int]) -> None:
         """Continue after so many updates."""
         self.actor.updates = state["actor_updates"]
         if self.critic:

@@ -63,9 +63,10 @@ def _muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     others: list[nn.Parameter] = []
     hidden = {id(parameter) for parameter in hidden_matrices(module)}
     for parameter in _trained(module).values():
-        parameter.use_muon = id(parameter) in hidden
-        parameter.is_expert_group = parameter.ndim == 3
-        if parameter.use_muon:
+        by_muon = id(parameter) in hidden
+        parameter.use_muon = by_muon  # type: ignore[attr-defined]  # DeepSpeed reads both
+        parameter.is_expert_group = parameter.ndim == 3  # type: ignore[attr-defined]
+        if by_muon:
             shapes.setdefault((parameter.shape[-2], parameter.shape[-1]), []).append(parameter)
         else:
             others.append(parameter)
@@ -136,7 +137,7 @@ class OptimizerStates:
                         sliced[id(parameter)].copy_(value.flatten())
                 elif self.stage == 3:
                     # The last partitions are padded, which DeepSpeed's setting of a whole state does not know.
-                    each = parameter.ds_tensor.numel()
+                    each = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # of ZeRO-3
                     padded = nn.functional.pad(value.flatten(), (0, each * self.ranks.size - value.numel()))
                     mine = padded[each * self.ranks.rank : each * (self.ranks.rank + 1)]
                     safe_set_local_optimizer_state(parameter, mine, state)

@@ -58,7 +58,8 @@ class ActorModule(nn.Module):
         self.dtype = dtype
         self.replay = RouterReplay(policy) if replays and find_routers(policy) else None
         self.logprobs = LogprobHead(policy.get_output_embeddings(), dtype, entropy_gradient=entropy_gradient)
-        heads = policy.mtp.layers if drafts else ()
+        mtp: Any = policy.mtp if drafts else None
+        heads = mtp.layers if drafts else ()
         self.drafts = nn.ModuleList(LogprobHead(head.head, dtype, entropy_gradient=False) for head in heads)
 
     def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -77,7 +78,7 @@ class ActorModule(nn.Module):
         logprobs_n, entropy_n = self.logprobs(hidden_nH[: len(x.targets)], x.targets, temperature)
         values_n = self.value_head(hidden_nH) if self.value_head else None
         # Nobody learns from a score.
-        drafts_n = self._drafts(x, states[0].detach()) if self.drafts and torch.is_grad_enabled() else None
+        drafts_n = self._drafts(x, states[0].detach()) if states is not None and torch.is_grad_enabled() else None
         return logprobs_n, entropy_n, values_n, drafts_n
 
     def _drafts(self, x: ModelInput, hidden_BSH: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ class ActorModule(nn.Module):
         )
         positions_1S = None if x.positions is None else nn.functional.pad(x.positions, (0, more))
         with autocast(x.ids.device, self.dtype):
-            states = self.policy.mtp(trunk, hidden_BSH, embeds_BSH, positions_1S)
+            mtp: Any = self.policy.mtp
+            states = mtp(trunk, hidden_BSH, embeds_BSH, positions_1S)
         nll_n = hidden_BSH.new_zeros(count, dtype=torch.float32)
         for i, (logprobs, state) in enumerate(zip(self.drafts, states, strict=True)):
             inside = (columns + 2 + i < x.ends[:count]).nonzero()[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mispo.trainer.batch import Layout, sequences
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.history import WeightHistory
+from mispo.trainer.policy import ActorModule
 from mispo.trainer.scoring import score_policy
 from model.lora import MergedWeights
 from rollouts.sampler import Weights
@@ -18,7 +20,7 @@ from rollouts.sampler import Weights
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def full_weights(engine: TrainEngine, module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+def full_weights(engine: TrainEngine[Any], module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Return the state_dict of a module of this engine; collective. Under ZeRO-3 gathered one by one, on the CPU.
 
     keep: whether this rank wants it, or only helps the others; then the tensors have no values.
@@ -33,7 +35,7 @@ def full_weights(engine: TrainEngine, module: nn.Module, *, keep: bool = True) -
     return weights
 
 
-def policy_weights(actor: TrainEngine) -> Mapping[str, Tensor]:
+def policy_weights(actor: TrainEngine[ActorModule]) -> Mapping[str, Tensor]:
     """Return the policy's state_dict, adapters merged; collective."""
     return MergedWeights(actor.module.policy, full_weights(actor, actor.module.policy))
 
@@ -49,7 +51,7 @@ class Publisher:
 
     def __init__(
         self,
-        actor: TrainEngine,
+        actor: TrainEngine[ActorModule],
         history: WeightHistory,
         *,
         probe: Sequence[Tensor],
@@ -100,8 +102,8 @@ class Publisher:
                 expected.setdefault(int(version), {})[int(name.removeprefix("probe/"))] = tensor
             else:
                 snapshots.setdefault(int(version), {})[name] = tensor
-        for version in sorted(snapshots):
-            self.history.push(version, snapshots[version])
+        for held in sorted(snapshots):
+            self.history.push(held, snapshots[held])
         self._expected = {version: [kept[i] for i in sorted(kept)] for version, kept in expected.items()}
         if self.history.lag and not snapshots:
             self.record()  # rollouts that were current until now begin to lag
@@ -111,7 +113,7 @@ class Publisher:
 
 
 def score_texts(
-    actor: TrainEngine, pairs: Sequence[tuple[Tensor, Tensor]], packed: bool, temperature: float
+    actor: TrainEngine[ActorModule], pairs: Sequence[tuple[Tensor, Tensor]], packed: bool, temperature: float
 ) -> list[Tensor]:
     """Compute the trainer's log-probs [T] of each completion [T] after its prompt [P]; the same on all ranks."""
     lengths = [len(completion) for _, completion in pairs]

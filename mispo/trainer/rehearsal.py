@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from mispo.trainer.batch import Layout, Sequences, sequences
 from mispo.trainer.engine import TrainEngine
 
 
-def rehearse(engine: TrainEngine, longest: int, layout: Layout, vocabulary: int) -> float:
+def rehearse(engine: TrainEngine[Any], longest: int, layout: Layout, vocabulary: int) -> float:
     """Forward and backward over as many trajectories of `longest` tokens as a micro-batch holds, all of them scored.
 
     Nothing is learnt from it: the loss is multiplied by 0, and the optimizer's states are as before. Returns seconds.
@@ -38,7 +39,7 @@ def worst_batch(count: int, longest: int, vocabulary: int) -> Sequences:
     return sequences(list(ids), [torch.arange(longest - 1)] * count)
 
 
-def _loss(engine: TrainEngine, batch: Sequences, layout: Layout) -> Tensor:
+def _loss(engine: TrainEngine[Any], batch: Sequences, layout: Layout) -> Tensor:
     engine.engine.train()
     x = layout.input(batch, range(len(batch)), engine.ranks.device)
     if engine.name == "actor":

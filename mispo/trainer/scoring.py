@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mispo.trainer.batch import Layout, ModelInput, Sequences
 from mispo.trainer.engine import TrainEngine
-from mispo.trainer.policy import Reference
+from mispo.trainer.policy import ActorModule, CriticModule, Reference
 from mispo.trainer.ranks import Ranks
 from model.moe.routers import Routing, RoutingRecorder
 
@@ -54,7 +55,7 @@ class Scores:
 
 @torch.no_grad()
 def score_policy(
-    actor: TrainEngine, batch: Sequences, layout: Layout, temperature: float, *, keep_experts: bool = False
+    actor: TrainEngine[ActorModule], batch: Sequences, layout: Layout, temperature: float, *, keep_experts: bool = False
 ) -> tuple[PolicyScores, Values | None]:
     """Run one forward over the batch, dropout off. Values where the actor's trunk has a value head.
 
@@ -91,7 +92,7 @@ def score_policy(
 
 
 @torch.no_grad()
-def score_values(critic: TrainEngine, batch: Sequences, layout: Layout) -> Values:
+def score_values(critic: TrainEngine[CriticModule], batch: Sequences, layout: Layout) -> Values:
     """Run one forward that gives V at every scored token and after the last one, dropout off."""
     critic.eval()
     values = Values(torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch)))
@@ -101,7 +102,7 @@ def score_values(critic: TrainEngine, batch: Sequences, layout: Layout) -> Value
     return values
 
 
-def _with_ends(layout: Layout, batch: Sequences, members: Sequence[int], engine: TrainEngine) -> ModelInput:
+def _with_ends(layout: Layout, batch: Sequences, members: Sequence[int], engine: TrainEngine[Any]) -> ModelInput:
     """Lay out a micro-batch read at its scored tokens, then at each trajectory's last token, where V(s_T) is."""
     x = layout.input(batch, members, engine.ranks.device)
     end = layout.input(batch, members, engine.ranks.device, last=True)
@@ -109,7 +110,9 @@ def _with_ends(layout: Layout, batch: Sequences, members: Sequence[int], engine:
 
 
 @torch.no_grad()
-def score_logprobs(policy: TrainEngine | Reference, batch: Sequences, layout: Layout, temperature: float) -> Tensor:
+def score_logprobs(
+    policy: TrainEngine[Any] | Reference, batch: Sequences, layout: Layout, temperature: float
+) -> Tensor:
     """Compute the log-probs [N] of the scored tokens under a policy; fp32, CPU."""
     policy.eval()
     logprobs_N = torch.zeros(int(batch.offsets_B1[-1]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial as bound
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from mispo.algorithm.objective import Objective, Samples, Scale
 from mispo.algorithm.segments import segment_sum
 from mispo.trainer.batch import Batch, Layout, minibatches
 from mispo.trainer.engine import TrainEngine, Update
+from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.scoring import equal_count, score_logprobs
 from rollouts.episodes import request_seed
 
@@ -58,7 +61,9 @@ def propose(batch: Batch, logprobs_N: Tensor, seed: int) -> Proposal:
     )
 
 
-def update_critic(critic: TrainEngine, batch: Batch, targets: ValueTargets, settings: UpdateSettings) -> list[Update]:
+def update_critic(
+    critic: TrainEngine[CriticModule], batch: Batch, targets: ValueTargets, settings: UpdateSettings
+) -> list[Update]:
     """Make the critic's updates on fixed targets; every included token counts, accepted by the filter or not."""
     updates = []
     seed = step_seed(settings.seed, "critic", batch.step)
@@ -91,7 +96,7 @@ def value_loss(targets: ValueTargets, values_n: Tensor, at: Tensor, count: int, 
 
 
 def actor_updates(
-    actor: TrainEngine, batch: Batch, targets: Targets, method: Method, settings: UpdateSettings
+    actor: TrainEngine[ActorModule], batch: Batch, targets: Targets, method: Method, settings: UpdateSettings
 ) -> Iterator[Update | None]:
     """Make the actor's updates one by one, each sample used once; None where a mini-batch had nothing accepted.
 
@@ -117,7 +122,7 @@ def actor_updates(
 
 
 def recheck(
-    actor: TrainEngine, part: Batch, samples: Samples, at: Tensor, method: Method, settings: UpdateSettings
+    actor: TrainEngine[ActorModule], part: Batch, samples: Samples, at: Tensor, method: Method, settings: UpdateSettings
 ) -> Tensor:
     """Weigh the tokens of some trajectories with the filter looking at the current π_θ (mask_policy: current)."""
     logprobs_N = score_logprobs(actor, part, settings.layout, settings.temperature)
@@ -135,7 +140,7 @@ class _ActorLoss:
     the micro-batches so far, for metrics.
     """
 
-    actor: TrainEngine
+    actor: TrainEngine[ActorModule]
     batch: Batch
     samples: Samples
     objective: Objective
@@ -148,7 +153,7 @@ class _ActorLoss:
 
     @staticmethod
     def over(
-        actor: TrainEngine,
+        actor: TrainEngine[ActorModule],
         batch: Batch,
         members: list[int],
         samples: Samples,
@@ -200,7 +205,7 @@ def value_updates(updates: Sequence[Update | None]) -> list[Update]:
 
 
 def _run(
-    engine: TrainEngine,
+    engine: TrainEngine[Any],
     batch: Batch,
     members: list[int],
     layout: Layout,
@@ -209,4 +214,4 @@ def _run(
     partial: bool = False,
 ) -> Update:
     shared = equal_count(engine.ranks, layout.microbatches(batch, members))
-    return engine.update([lambda part=part: loss(part) for part in shared], partial=partial)
+    return engine.update([bound(loss, part) for part in shared], partial=partial)

@@ -31,6 +31,7 @@ from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint.files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
 from mispo.trainer.learner import Learner
+from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.publish import full_weights
 from model.lora import MergedWeights, has_lora, trained
 
@@ -135,7 +136,7 @@ class Checkpoints:
         _restore_random_states(checkpoint / "rng.pt")
 
     def _tensors(
-        self, actor: TrainEngine, critic: TrainEngine | None, policy: Mapping[str, Tensor]
+        self, actor: TrainEngine[ActorModule], critic: TrainEngine[CriticModule] | None, policy: Mapping[str, Tensor]
     ) -> dict[str, Mapping[str, Tensor]]:
         """Return tensors by file; collective, and whole on the first rank only."""
         first, publisher = self.learner.ranks.first, self.learner.publisher
@@ -151,7 +152,7 @@ class Checkpoints:
         return files | {"history": publisher.tensors() if publisher else {}}
 
 
-def value_weights(actor: TrainEngine, critic: TrainEngine | None) -> dict[str, Tensor]:
+def value_weights(actor: TrainEngine[ActorModule], critic: TrainEngine[CriticModule] | None) -> dict[str, Tensor]:
     """Return the weights of the critic, or of the value head on the policy's trunk; {} without either."""
     if critic:
         weights = full_weights(critic, critic.module.critic, keep=critic.ranks.first)
@@ -160,7 +161,7 @@ def value_weights(actor: TrainEngine, critic: TrainEngine | None) -> dict[str, T
     return full_weights(actor, head, keep=actor.ranks.first) if head else {}
 
 
-def _load_optimizer(engine: TrainEngine, states: dict[str, Tensor], path: Path) -> None:
+def _load_optimizer(engine: TrainEngine[Any], states: dict[str, Tensor], path: Path) -> None:
     odd = sorted(engine.states.names() ^ states.keys())
     if odd:
         raise ValueError(f"--resume: {path} belongs to another model or optimizer: {odd[0]} is in only one of them")
@@ -168,7 +169,7 @@ def _load_optimizer(engine: TrainEngine, states: dict[str, Tensor], path: Path) 
     engine.states.write(states, engine.updates)
 
 
-def _zero_loss(engine: TrainEngine) -> Tensor:
+def _zero_loss(engine: TrainEngine[Any]) -> Tensor:
     """Return 0, with a gradient of 0 for every parameter."""
     ids = torch.zeros((1, 1), dtype=torch.int64, device=engine.ranks.device)
     none = torch.empty(0, dtype=torch.int64, device=engine.ranks.device)
@@ -182,7 +183,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _random_states() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
