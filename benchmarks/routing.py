@@ -25,7 +25,7 @@ from typing import Any
 from running import Job, train_all
 from writing import table, write_results
 
-from mispo.metrics.diagnosis import Standing
+from mispo.metrics.diagnosis import Diagnosis
 from mispo.monitor.advice import regime
 from mispo.monitor.report.attribution import FOLDER, Measured, percent, read_attributions
 from mispo.monitor.report.attribution_plot import label
@@ -84,7 +84,7 @@ def main() -> None:
     found = [(arm.name, str(seed), one) for (arm, seed), path in places.items() for one in read_attributions(path)]
     titles = ("run", "seed", "step", "tokens", "rms", "k3", *map(label, NAMES), "all through routing")
     shares = [[name, seed, *share_row(one)] for name, seed, one in found]
-    grounds = [[name, seed, str(one.step), *ground_row(one.standing)] for name, seed, one in found if one.standing]
+    grounds = [[name, seed, str(one.step), *ground_row(one.diagnosis)] for name, seed, one in found if one.diagnosis]
     commands = [f"- {arm.name}: `mispo train {' '.join(arm.overrides)}`" for arm in ARMS]
     commands += [
         f"- {arm.name}: `mispo attribute` a copy of {ARMS[0].name}, `{' '.join(arm.overrides)}`" for arm in WHAT_IF
@@ -157,14 +157,14 @@ def share_row(measured: Measured) -> list[str]:
     ]
 
 
-def ground_row(standing: Standing) -> list[str]:
+def ground_row(diagnosis: Diagnosis) -> list[str]:
     """What the advice of one attribution rests on."""
-    gains = ((standing.replay_gain, standing.replay_gain_error), (standing.fresh_gain, standing.fresh_gain_error))
+    gains = ((diagnosis.replay_gain, diagnosis.replay_gain_error), (diagnosis.fresh_gain, diagnosis.fresh_gain_error))
     return [
-        f"{standing.free:.1%}",
+        f"{diagnosis.free:.1%}",
         *(f"{100 * gain:+.1f} ± {100 * error:.1f}" for gain, error in gains),
-        f"{standing.correlation:+.2f} ± {standing.correlation_error:.2f}",
-        regime(standing),
+        f"{diagnosis.correlation:+.2f} ± {diagnosis.correlation_error:.2f}",
+        regime(diagnosis),
     ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from mispo.algorithm.variance_shares import Attribution
 from mispo.metrics.attribution import attribution_metrics
-from mispo.metrics.diagnosis import Standing
+from mispo.metrics.diagnosis import Diagnosis
 from mispo.metrics.record import StepRecord
 from mispo.metrics.speed import throughput
 from mispo.metrics.step import step_metrics
@@ -84,12 +84,12 @@ def attribute(run: Run, step: int, record: StepRecord) -> dict[str, float]:
     if run.attributor is None or not run.schedule.attributes(step):
         return {}
     with run.clock("attribute"):
-        attribution, standing = run.attributor.measure(record)
-        run.journal.attribution(step, attribution, standing)
+        attribution, diagnosis = run.attributor.measure(record)
+        run.journal.attribution(step, attribution, diagnosis)
     return dict(attribution_metrics(attribution))
 
 
-def attribute_next(run: Run) -> tuple[int, Attribution, Standing]:
+def attribute_next(run: Run) -> tuple[int, Attribution, Diagnosis]:
     """Sample and score the step after the last checkpoint, and measure where its mismatch comes from."""
     assert run.attributor is not None, "attribution needs an engine"
     step = (run.schedule.start or 0) + 1

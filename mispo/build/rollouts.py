@@ -9,7 +9,6 @@ from pathlib import Path
 from mispo.build.models import Models
 from mispo.build.setup import Setup
 from mispo.config import parts
-from mispo.config.algorithm_parts import WindowFilter
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data
 from mispo.evaluation import Evaluator, Measure, References, build_sets, constant_guess
@@ -113,13 +112,10 @@ def build_attributor(setup: Setup, models: Models, learner: Learner) -> Attribut
     if models.engine is None:
         return None
     config = setup.config
-    chosen = config.algorithm.filter
-    low, high = chosen.trajectory_bounds if isinstance(chosen, WindowFilter) else (0.996, 1.001)
     return Attributor(
         engine=models.engine,
         learner=learner,
         trajectories=config.router.attribute_trajectories,
         recorded=config.router.record,
         replaying=config.router.replay == "rollout",
-        bounds=(low, high),
     )

@@ -50,11 +50,11 @@ def _attribute(run: Run, directory: RunDir, overrides: Sequence[str]) -> None:
     from mispo.monitor.console import make_console
     from mispo.monitor.report.attribution import attribution_table, write_attribution
 
-    step, attribution, standing = attribute_next(run)
+    step, attribution, diagnosis = attribute_next(run)
     if not run.ranks.first:
         return
-    path = write_attribution(directory.root, step, attribution, standing, overrides)
+    path = write_attribution(directory.root, step, attribution, diagnosis, overrides)
     console = make_console()
     console.print(attribution_table(attribution), highlight=False)
-    console.print(paragraph(standing), markup=False, highlight=False)
+    console.print(paragraph(diagnosis), markup=False, highlight=False)
     console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)

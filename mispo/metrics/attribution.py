@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mispo.algorithm.variance_shares import Attribution, attribute
-from mispo.metrics.diagnosis import Standing, standing_of
+from mispo.metrics.diagnosis import Diagnosis, Evidence, diagnose
 from mispo.metrics.record import StepRecord
 from mispo.metrics.routing import mean_agreement
 from mispo.metrics.step import rollout_experts
@@ -32,8 +32,7 @@ class Attributor:
     """Measures where the mismatch of a step comes from, before the step's updates; collective.
 
     engine: with the weights that sampled. trajectories: at most so many are looked at, over all ranks. recorded:
-    whether the rollout's experts are known. replaying: whether the run replays them (router.replay=rollout). bounds: of
-    the trajectory ratio, where the filter has a fixed window.
+    whether the rollout's experts are known. replaying: whether the run replays them (router.replay=rollout).
     """
 
     engine: Engine
@@ -41,10 +40,9 @@ class Attributor:
     trajectories: int
     recorded: bool
     replaying: bool
-    bounds: tuple[float, float]
 
-    def measure(self, record: StepRecord) -> tuple[Attribution, Standing]:
-        """Return the attribution, and where the model stands."""
+    def measure(self, record: StepRecord) -> tuple[Attribution, Diagnosis]:
+        """Return the attribution and the diagnosis."""
         whole, ranks, num_experts = record.batch, self.learner.ranks, self.learner.num_experts
         limit = min(self.trajectories, whole.total)
         members = [b for b, position in enumerate(whole.position_B.tolist()) if position < limit]
@@ -59,8 +57,7 @@ class Attributor:
         routing = record.scores.policy.routing
         seen = routing and routing.at(whole.tokens_of(members))
         windows_B2 = record.targets.selection.window_B2
-        bounds = torch.tensor(self.bounds, dtype=torch.float64)
-        standing = standing_of(
+        evidence = Evidence(
             log_x_N=torch.stack(list(free.values())).sum(0),
             log_x_replayed_N=torch.stack(list(replayed.values())).sum(0) if replayed else None,
             weights_part_N=(replayed if replayed and self.replaying else free)["weights"],
@@ -70,12 +67,10 @@ class Attributor:
             else None,
             chance=seen.experts.shape[-1] / num_experts if seen else math.nan,
             offsets_B1=batch.offsets_B1,
-            log_window_B2=(bounds if windows_B2 is None else windows_B2[members]).log(),
+            log_window_B2=None if windows_B2 is None else windows_B2[members].log(),
             replaying=self.replaying,
-            everyone=everyone,
-            reduce=ranks.sum,
         )
-        return attribute(free, replayed, batch.offsets_B1, everyone), standing
+        return attribute(free, replayed, batch.offsets_B1, everyone), diagnose(evidence, everyone, ranks.sum)
 
     def telescope(self, batch: Batch, *, replay: bool) -> dict[str, Tensor]:
         """Return the parts of log x [N], in nats. replay: with the rollout's routing in every forward."""

@@ -12,7 +12,7 @@ from typing import Any
 from mispo.algorithm.method import Targets
 from mispo.algorithm.segments import segment_mean
 from mispo.algorithm.variance_shares import Attribution
-from mispo.metrics.diagnosis import Standing
+from mispo.metrics.diagnosis import Diagnosis
 from mispo.monitor.advice import paragraph
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, eval_line
@@ -128,13 +128,13 @@ class Journal:
         loss = sum(update.loss for update in updates) / max(len(updates), 1)
         self.say(f"critic pre-training {number}/{self.settings.pretrain_steps}  loss {loss:.4f}")
 
-    def attribution(self, step: int, attribution: Attribution, standing: Standing) -> None:
+    def attribution(self, step: int, attribution: Attribution, diagnosis: Diagnosis) -> None:
         """Write RUN/attribution/step_N.*; the first one of a run says its conclusion on the screen."""
         if self.tracker:
-            write_attribution(self.directory.root, step, attribution, standing)
+            write_attribution(self.directory.root, step, attribution, diagnosis)
         if not self._advised:
-            advice = paragraph(standing)
-            if self.settings.lag and not standing.stale:
+            advice = paragraph(diagnosis)
+            if self.settings.lag and not diagnosis.stale:
                 advice += (
                     f" So far the weights are current; those of later steps lag by rollout.lag={self.settings.lag}: "
                     "router.attribute_every measures what that changes."

@@ -94,8 +94,8 @@ def main() -> None:
         ("staleness", plant_staleness),
     ):
         plant(run)
-        _, attribution, standing = attribute_next(replace(run, attributor=watched))
-        found[name] = {"attribution": asdict(attribution), "standing": as_json(standing), "rms": dict(watched.rms)}
+        _, attribution, diagnosis = attribute_next(replace(run, attributor=watched))
+        found[name] = {"attribution": asdict(attribution), "diagnosis": as_json(diagnosis), "rms": dict(watched.rms)}
     run.close(0)
     Path(out).write_text(json.dumps(found))
 

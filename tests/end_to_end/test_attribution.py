@@ -29,19 +29,19 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_without_a_cause_there_is_only_rounding(planted: dict[str, Any]) -> None:
     found = planted["nothing"]
     assert found["rms"]["free"] < FLOOR
-    assert found["standing"]["agreement"] > 0.999
-    assert found["standing"]["free"] == found["standing"]["replayed"] == 1.0
+    assert found["diagnosis"]["agreement"] > 0.999
+    assert found["diagnosis"]["free"] == found["diagnosis"]["replayed"] == 1.0
 
 
 def test_selection_noise_is_mediated_by_routing_and_replay_takes_it_away(planted: dict[str, Any]) -> None:
-    attribution, standing = planted["selection"]["attribution"], planted["selection"]["standing"]
+    attribution, diagnosis = planted["selection"]["attribution"], planted["selection"]["diagnosis"]
     assert planted["selection"]["rms"]["free"] > 100 * FLOOR
     assert planted["selection"]["rms"]["replayed"] < FLOOR
     assert attribution["mediated"] >= 0.9
     assert attribution["parts"]["weights"]["share"] == 0
-    assert standing["agreement"] < 0.95
-    assert standing["free"] < 0.5
-    assert standing["replayed"] == 1.0
+    assert diagnosis["agreement"] < 0.95
+    assert diagnosis["free"] < 0.5
+    assert diagnosis["replayed"] == 1.0
 
 
 @pytest.mark.parametrize(("cause", "share"), [("rounding", 0.9), ("precision", 0.2)])
@@ -55,11 +55,11 @@ def test_precision_is_found(planted: dict[str, Any], cause: str, share: float) -
 
 
 def test_staleness_is_found(planted: dict[str, Any]) -> None:
-    attribution, standing = planted["staleness"]["attribution"], planted["staleness"]["standing"]
+    attribution, diagnosis = planted["staleness"]["attribution"], planted["staleness"]["diagnosis"]
     assert planted["staleness"]["rms"]["free"] > 100 * FLOOR
     assert attribution["parts"]["weights"]["share"] >= 0.9
-    assert standing["stale"]
-    assert standing["fresh"] == 1.0
+    assert diagnosis["stale"]
+    assert diagnosis["fresh"] == 1.0
 
 
 def test_shares_add_up(planted: dict[str, Any]) -> None:
@@ -111,6 +111,17 @@ def test_mispo_attribute_asks_the_last_checkpoint_and_changes_nothing_else(run: 
     assert all(path.read_bytes() == content for path, content in before.items())
     found = json.loads((run / "attribution/step_3+rollout.dtype=bf16.json").read_text())["attribution"]
     assert found["parts"]["precision"]["rms"] > 1e-4  # without bf16 it is 0
+
+
+def test_a_filter_without_a_window_is_not_judged_by_one(run: Path) -> None:
+    done = mispo("attribute", str(run), "algorithm/filter=token_only", cwd=run.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "window" not in done.stdout
+    assert "The rms of log x is" in " ".join(done.stdout.split())
+    found = json.loads((run / "attribution/step_3+algorithm_filter=token_only.json").read_text())["diagnosis"]
+    assert (found["window"], found["free"], found["fresh"]) == (None, None, None)
+    assert found["fresh_gain"] == pytest.approx(1 - found["rms_fresh"] / found["rms_replayed"])
+    assert found["fresh_gain"] > 0.9
 
 
 def test_mispo_attribute_says_what_it_lacks(run: Path, tmp_path: Path) -> None:

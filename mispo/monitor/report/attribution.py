@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from mispo.algorithm.variance_shares import Attribution, Part
-from mispo.metrics.diagnosis import Standing, as_json, from_json
+from mispo.metrics.diagnosis import Diagnosis, as_json, from_json
 from mispo.monitor.advice import paragraph
 from mispo.monitor.report.attribution_plot import draw_attribution, label
 from mispo.monitor.report.html import escape, image, table
@@ -31,11 +31,11 @@ class Measured:
 
     step: int
     attribution: Attribution
-    standing: Standing | None
+    diagnosis: Diagnosis | None
 
 
 def write_attribution(
-    run_dir: Path, step: int, attribution: Attribution, standing: Standing | None, overrides: Sequence[str] = ()
+    run_dir: Path, step: int, attribution: Attribution, diagnosis: Diagnosis | None, overrides: Sequence[str] = ()
 ) -> Path:
     """Writes run_dir/attribution/step_N.json and .png, each atomically; returns the former.
 
@@ -44,9 +44,9 @@ def write_attribution(
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     row: dict[str, Any] = {"step": step, "attribution": dataclasses.asdict(attribution)}
-    row |= {"standing": None, "advice": None}
-    if standing is not None:
-        row |= {"standing": as_json(standing), "advice": paragraph(standing)}
+    row |= {"diagnosis": None, "advice": None}
+    if diagnosis is not None:
+        row |= {"diagnosis": as_json(diagnosis), "advice": paragraph(diagnosis)}
     # What would be if … is no part of the run: `read_attributions` passes it by.
     stem = "+".join([f"step_{step}", *overrides]).replace("/", "_")
     with replacing(folder / f"{stem}.png") as temporary:
@@ -69,8 +69,8 @@ def _read(path: Path) -> Measured:
         row = json.loads(path.read_text(encoding="utf-8"))
         found = dict(row["attribution"])
         parts = {name: Part(**_numbers(part)) for name, part in found.pop("parts").items()}
-        standing = None if row["standing"] is None else from_json(row["standing"])
-        return Measured(row["step"], Attribution(parts=parts, **_numbers(found)), standing)
+        diagnosis = None if row["diagnosis"] is None else from_json(row["diagnosis"])
+        return Measured(row["step"], Attribution(parts=parts, **_numbers(found)), diagnosis)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: no attribution of this version of mispo ({error!r}); remove that file") from error
 
@@ -143,8 +143,8 @@ def attribution_section(run_dir: Path) -> str | None:
     picture = run_dir / FOLDER / f"step_{last.step}.png"
     if picture.is_file():
         parts.append(image(picture.read_bytes(), f"shares of the mismatch by cause, step {last.step}"))
-    if last.standing is not None:
-        parts.append(f"<p>{escape(paragraph(last.standing))}</p>")
+    if last.diagnosis is not None:
+        parts.append(f"<p>{escape(paragraph(last.diagnosis))}</p>")
     if len(measured) > 1:
         parts.append(_history(measured))
     return "\n".join(parts)

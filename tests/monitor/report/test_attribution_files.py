@@ -13,7 +13,7 @@ from rich.console import Console
 from mispo.algorithm.variance_shares import Attribution, Part
 from mispo.config.load import save_config
 from mispo.config.schema import MispoConfig, ModelConfig
-from mispo.metrics.diagnosis import Standing
+from mispo.metrics.diagnosis import Diagnosis
 from mispo.monitor.advice import paragraph
 from mispo.monitor.report.attribution import (
     attribution_section,
@@ -64,7 +64,7 @@ IDENTICAL = replace(
     identical=True,
 )
 
-STANDING = Standing(
+DIAGNOSIS = Diagnosis(
     tokens=65536,
     trajectories=256,
     replaying=False,
@@ -83,6 +83,9 @@ STANDING = Standing(
     free=0.5,
     replayed=0.9,
     fresh=0.6,
+    rms_free=0.06,
+    rms_replayed=0.03,
+    rms_fresh=0.05,
     replay_gain=0.4,
     replay_gain_error=0.03,
     fresh_gain=0.1,
@@ -92,16 +95,16 @@ STANDING = Standing(
 
 @pytest.mark.parametrize("found", [FOUND, UNREPLAYED, IDENTICAL, replace(FOUND, k3=math.inf)])
 def test_what_was_written_is_read_back(tmp_path: Path, found: Attribution) -> None:
-    for step, standing in ((10, None), (9, STANDING)):
-        path = write_attribution(tmp_path, step, found, standing)
+    for step, diagnosis in ((10, None), (9, DIAGNOSIS)):
+        path = write_attribution(tmp_path, step, found, diagnosis)
         assert path == tmp_path / f"attribution/step_{step}.json"
     first, second = read_attributions(tmp_path)
     assert (first.step, second.step) == (9, 10)
-    assert (first.standing, second.standing) == (STANDING, None)
+    assert (first.diagnosis, second.diagnosis) == (DIAGNOSIS, None)
     # NaN equals nothing, and JSON knows no infinity; the text tells both.
     assert repr(first.attribution).replace("inf", "nan") == repr(found).replace("inf", "nan")
     written = json.loads((tmp_path / "attribution/step_9.json").read_text())
-    assert written["advice"] == paragraph(STANDING)
+    assert written["advice"] == paragraph(DIAGNOSIS)
     assert sorted(p.name for p in (tmp_path / "attribution").iterdir()) == [
         f"step_{step}.{kind}" for step in (10, 9) for kind in ("json", "png")
     ]
@@ -113,7 +116,7 @@ def test_a_run_without_attributions_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"step": 1}', '{"step": 1, "standing": null, "attribution": {"k3": 1}}']
+    "content", ["", "[]", '{"step": 1}', '{"step": 1, "diagnosis": null, "attribution": {"k3": 1}}']
 )
 def test_a_file_that_does_not_read_is_named(tmp_path: Path, content: str) -> None:
     write_attribution(tmp_path, 1, FOUND, None).write_text(content)
@@ -150,7 +153,7 @@ def test_the_report_shows_the_last_step_and_how_the_shares_went(tmp_path: Path) 
     assert "Where the mismatch comes from" not in write_report(run).read_text()
     write_attribution(run, 5, UNREPLAYED, None)
     assert write_report(run).read_text().count("stale weights") == 1, "one step has no history"
-    write_attribution(run, 10, FOUND, STANDING)
+    write_attribution(run, 10, FOUND, DIAGNOSIS)
     page = write_report(run).read_text()
     text = re.sub(r"<[^>]+>", " ", page)
     assert "Where the mismatch comes from" in text
