@@ -27,9 +27,10 @@ from writing import table, write_results
 
 from mispo.metrics.diagnosis import Diagnosis
 from mispo.monitor.advice import regime
-from mispo.monitor.report.attribution import FOLDER, Measured, percent, read_attributions
-from mispo.monitor.report.attribution_plot import label
+from mispo.monitor.report.attribution import Measured, percent, read_attributions
+from mispo.monitor.report.plots import label
 from mispo.monitor.rows import read_rows
+from mispo.system.rundir import RunDir
 
 AT_ONCE = 1
 
@@ -76,7 +77,7 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     places = {(arm, seed): options.runs / f"{file_name(arm)}-{seed}" for arm in ARMS for seed in seeds}
     train_all([Job(path, (*arm.overrides, f"seed={seed}")) for (arm, seed), path in places.items()], AT_ONCE)
-    runs = [[arm.name, str(seed), *run_row(read_rows(path / "metrics.jsonl"))] for (arm, seed), path in places.items()]
+    runs = [[arm.name, str(seed), *run_row(read_rows(RunDir(path).metrics))] for (arm, seed), path in places.items()]
     for arm in WHAT_IF:
         for seed in seeds:
             path = places[arm, seed] = options.runs / f"{file_name(arm)}-{seed}"
@@ -111,10 +112,11 @@ def file_name(arm: Arm) -> str:
 
 def attribute(run: Path, path: Path, overrides: Sequence[str]) -> None:
     """`mispo attribute` on a copy of a run, unless that was done; PATH.log has its output."""
-    if (path / FOLDER).is_dir():
+    folder = RunDir(path).attribution
+    if folder.is_dir():
         return
     shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(run, path, symlinks=True, ignore=shutil.ignore_patterns(FOLDER, "rollouts", "*.html", "*.png"))
+    shutil.copytree(run, path, symlinks=True, ignore=shutil.ignore_patterns(folder.name, "rollouts", "*.html", "*.png"))
     with path.with_name(path.name + ".log").open("w") as output:
         subprocess.run(
             [sys.executable, "-m", "mispo.cli", "attribute", str(path), *overrides],
@@ -124,7 +126,7 @@ def attribute(run: Path, path: Path, overrides: Sequence[str]) -> None:
             check=True,
         )
     # A what-if lies apart from the run's own, but this copy is nothing else.
-    (written,) = (path / FOLDER).glob("step_*+*.json")
+    (written,) = folder.glob("step_*+*.json")
     written.rename(written.with_name(f"{written.name.partition('+')[0]}.json"))
 
 

@@ -46,13 +46,13 @@ ROLLOUT_FIELDS = pa.schema(
         ("sample", pa.int64()),
     ]
 )
-"""Columns of rollouts/step_N.parquet, one row per trajectory; those of the caller follow.
+"""Columns of a rollouts file, one row per trajectory; those of the caller follow.
 
 routed_experts: [P+T−1, MoE layers, k], flat; there are as many MoE layers as in routing_confidence.
 """
 
 SAMPLE_KEYS = ("question", "answer", "completion", "reward")
-"""Keys that every row of samples_before.jsonl and samples_after.jsonl has."""
+"""Keys that every row of a file of traces has."""
 
 
 def save_rollouts(path: Path, trajectories: Sequence[Trajectory], columns: Mapping[str, Sequence[object]]) -> None:

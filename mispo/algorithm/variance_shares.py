@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mispo.algorithm.jackknife import jackknife
 from mispo.algorithm.segments import segment_sum
 
 IDENTICAL = 1e-12
@@ -135,3 +134,22 @@ def _shares(sums: Tensor, count: int) -> Tensor:
     covariances = torch.cat([part_y - part * y, mediated_y - mediated * y], -1)
     shares = covariances / variance
     return torch.cat([shares, shares[..., count:].sum(-1, keepdim=True)], -1)
+
+
+def jackknife(sums_BS: Tensor, estimate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (value [P], standard error [P]) of a statistic that is a function of sums over trajectories.
+
+    Trajectories are left out, not tokens, since the tokens of a trajectory are not independent.
+
+    sums_BS: each trajectory's part of the S sums, float64, one row per trajectory that has tokens. estimate:
+    sums [..., S] → statistic [..., P], in one call for all B leave-one-out sums. The error is NaN with fewer than two
+    trajectories, and where leaving one out leaves the statistic undefined. Source: Efron & Stein 1981, by clusters.
+    """
+    total_S = sums_BS.sum(0)
+    count = len(sums_BS)
+    value_P = estimate(total_S)
+    if count < 2:
+        return value_P, torch.full_like(value_P, torch.nan)
+    left_out_BP = estimate(total_S - sums_BS)
+    spread_P = (left_out_BP - left_out_BP.mean(0)).square().sum(0)
+    return value_P, (spread_P * (count - 1) / count).sqrt()

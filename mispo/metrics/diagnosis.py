@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mispo.algorithm.jackknife import jackknife
 from mispo.algorithm.quantiles import quantiles
 from mispo.algorithm.segments import Reduce, lengths_of, segment_mean, segment_sum
+from mispo.algorithm.variance_shares import jackknife
 from mispo.metrics.routing import normalised
 
 CANDIDATES = torch.arange(5, 96, dtype=torch.float64) / 100

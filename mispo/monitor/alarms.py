@@ -25,10 +25,10 @@ class Alarm:
 
 @dataclass
 class Alarms:
-    """Counts in how many steps in a row each sign was seen; tells once when `patience` is reached."""
+    """Counts in how many steps in a row each sign was seen; reports it once, when `patience` is reached."""
 
     config: MispoConfig
-    seen: dict[str, int] = field(default_factory=dict)
+    _seen: dict[str, int] = field(default_factory=dict)
 
     @property
     def stops(self) -> bool:
@@ -36,16 +36,24 @@ class Alarms:
         return self.config.alarms.action == "stop"
 
     def check(self, metrics: Row) -> list[Alarm]:
-        """Alarms that are due after this step."""
+        """Return the alarms that are due after this step."""
         if self.config.alarms.action == "off":
             return []
         due = []
         for name, rule in RULES.items():
             text = rule(metrics, self.config)
-            self.seen[name] = self.seen.get(name, 0) + 1 if text else 0
-            if text and self.seen[name] == self.config.alarms.patience:
-                due.append(Alarm(name, f"{text} (for {self.seen[name]} steps)"))
+            self._seen[name] = self._seen.get(name, 0) + 1 if text else 0
+            if text and self._seen[name] == self.config.alarms.patience:
+                due.append(Alarm(name, f"{text} (for {self._seen[name]} steps)"))
         return due
+
+    def state(self) -> dict[str, int]:
+        """Return what `restore` takes."""
+        return dict(self._seen)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continue counting where a checkpoint was."""
+        self._seen = dict(state)
 
 
 def acceptance(metrics: Row, config: MispoConfig) -> str | None:

@@ -144,11 +144,11 @@ class Journal:
 
     def state(self) -> Mapping[str, Any]:
         """Return what `restore` takes, and the id by which a resumed run finds its W&B run."""
-        return {"alarms": dict(self.alarms.seen), "wandb_id": self.tracker.wandb_id if self.tracker else None}
+        return {"alarms": self.alarms.state(), "wandb_id": self.tracker.wandb_id if self.tracker else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue counting alarms; the tracker was opened with its id."""
-        self.alarms.seen = dict(state["alarms"])
+        self.alarms.restore(state["alarms"])
 
     def close(self, exit_code: int) -> None:
         """End the tracker."""

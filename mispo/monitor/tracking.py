@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from mispo.config.schema import TrackingConfig
 from mispo.monitor.rows import whole_lines
 from mispo.system.files import json_line, replacing
+from mispo.system.rundir import RunDir
 
 if TYPE_CHECKING:
     import wandb
@@ -59,7 +60,7 @@ class Tracker:
         wandb_id: str | None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
+        path = RunDir(run_dir).metrics
         if resume_step is not None:
             cut_rows(path, resume_step)
         elif path.exists() and path.stat().st_size > 0:
@@ -81,7 +82,7 @@ class Tracker:
         return f"{self._file.name}, W&B {where}"
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Writes one row and flushes it. NaN and infinities become null (in W&B they are left out)."""
+        """Write one row and flush it. NaN and infinities become null (in W&B they are left out)."""
         for key, value in metrics.items():
             assert value is None or isinstance(value, Real), f"{key}: {type(value).__name__} is not a number"
         assert "step" not in metrics, "the step is an argument of its own"
@@ -93,7 +94,7 @@ class Tracker:
             self._run.log({"step": step, **finite})
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends the W&B run (exit_code ≠ 0 marks it as failed). Safe to call twice."""
+        """End the W&B run (exit_code ≠ 0 marks it as failed). Safe to call twice."""
         self._file.close()
         if self._run is not None:
             import wandb
@@ -104,7 +105,7 @@ class Tracker:
 
 
 def cut_rows(path: Path, last_step: int) -> None:
-    """Removes the rows after `last_step` from a metrics file, atomically; a missing file stays missing."""
+    """Remove the rows after `last_step` from a metrics file, atomically; a missing file stays missing."""
     if not path.exists():
         return
     kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= last_step]

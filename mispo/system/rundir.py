@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,10 @@ class RunDir:
         """The trajectories of a step; of several ranks each has a file."""
         suffix = "" if ranks == 1 else f".rank{rank}"
         return self.root / "rollouts" / f"step_{step}{suffix}.parquet"
+
+    def attributed(self, step: int, overrides: Sequence[str] = ()) -> Path:
+        """The numbers of an attribution, its picture beside it; overrides: settings that are not the run's."""
+        return self.attribution / f"{'+'.join([f'step_{step}', *overrides]).replace('/', '_')}.json"
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after a step."""

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from mispo.algorithm.jackknife import jackknife
 from mispo.algorithm.segments import offsets_of
-from mispo.algorithm.variance_shares import Attribution, attribute
+from mispo.algorithm.variance_shares import Attribution, attribute, jackknife
 from support.ragged import Ragged, ragged
 
 NAMES = ("weights", "precision", "rest")

@@ -41,6 +41,17 @@ def test_an_alarm_is_told_once_when_its_sign_was_seen_often_enough_in_a_row(name
     assert told == [[], [], [], [name], []]
 
 
+def test_a_resumed_run_continues_counting() -> None:
+    config, sick = load_config(["alarms.patience=2"]), HEALTHY | SICK["rewards"]
+    first, resumed, fresh = Alarms(config), Alarms(config), Alarms(config)
+    assert first.check(sick) == []
+    state = first.state()
+    first.check(HEALTHY)
+    resumed.restore(state)
+    assert [alarm.name for alarm in resumed.check(sick)] == ["rewards"]
+    assert fresh.check(sick) == []
+
+
 @pytest.mark.parametrize(
     ("override", "cause"),
     [

@@ -16,18 +16,17 @@ from rich.table import Table
 from mispo.algorithm.variance_shares import Attribution, Part
 from mispo.metrics.diagnosis import Diagnosis, as_json, from_json
 from mispo.monitor.advice import paragraph
-from mispo.monitor.report.attribution_plot import draw_attribution, label
 from mispo.monitor.report.html import escape, image, table
+from mispo.monitor.report.plots import draw_attribution, label
 from mispo.system.files import json_line, replacing
-
-FOLDER = "attribution"
+from mispo.system.rundir import RunDir
 
 COLUMNS = ("cause", "share of Var(log x)", "of which through routing", "rms, nats", "−mean, nats per token")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One step's attribution, and where the model stood (None if that was not measured)."""
+    """One step's attribution and diagnosis; None where there is none."""
 
     step: int
     attribution: Attribution
@@ -37,30 +36,29 @@ class Measured:
 def write_attribution(
     run_dir: Path, step: int, attribution: Attribution, diagnosis: Diagnosis | None, overrides: Sequence[str] = ()
 ) -> Path:
-    """Writes run_dir/attribution/step_N.json and .png, each atomically; returns the former.
+    """Write run_dir/attribution/step_N.json and .png, each atomically; returns the former.
 
     overrides: settings that are not the run's, key=value; they become part of the names.
     """
-    folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    path = RunDir(run_dir).attributed(step, overrides)
+    path.parent.mkdir(parents=True, exist_ok=True)
     row: dict[str, Any] = {"step": step, "attribution": dataclasses.asdict(attribution)}
     row |= {"diagnosis": None, "advice": None}
     if diagnosis is not None:
         row |= {"diagnosis": as_json(diagnosis), "advice": paragraph(diagnosis)}
-    # What would be if … is no part of the run: `read_attributions` passes it by.
-    stem = "+".join([f"step_{step}", *overrides]).replace("/", "_")
-    with replacing(folder / f"{stem}.png") as temporary:
+    with replacing(path.with_suffix(".png")) as temporary:
         title = f"Where the mismatch {'would come' if overrides else 'comes'} from, step {step}"
         draw_attribution(attribution, temporary, " ".join([title, *overrides]))
-    path = folder / f"{stem}.json"
     with replacing(path) as temporary:
         temporary.write_text(json_line(row), encoding="utf-8")
     return path
 
 
 def read_attributions(run_dir: Path) -> list[Measured]:
-    """What `write_attribution` left, by step; [] if there is nothing. ValueError naming a file that does not read."""
-    paths = [path for path in (run_dir / FOLDER).glob("step_*.json") if re.fullmatch(r"step_\d+", path.stem)]
+    """Read the run's own attributions, by step; [] if there is none. ValueError naming a file that does not read."""
+    # With other settings than the run's a name has more than the step.
+    found = RunDir(run_dir).attribution.glob("*.json")
+    paths = [path for path in found if re.fullmatch(r"step_\d+", path.stem)]
     return sorted((_read(path) for path in paths), key=lambda measured: measured.step)
 
 
@@ -80,7 +78,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def attribution_table(attribution: Attribution) -> Table:
-    """The table on the screen, with the numbers that it rests on below."""
+    """Make the table on the screen, with the numbers that it rests on below."""
     shown = Table(title="Where the mismatch comes from", title_justify="left", box=None, pad_edge=False)
     shown.header_style, shown.caption_justify, shown.caption = "bold", "left", basis(attribution)
     shown.add_column("")
@@ -92,7 +90,7 @@ def attribution_table(attribution: Attribution) -> Table:
 
 
 def table_rows(attribution: Attribution) -> list[tuple[str, ...]]:
-    """Cells by COLUMNS, one row per part and one for all of them; `-` for what is not defined or not measured."""
+    """Return cells by COLUMNS, one row per part and one for all of them; `-` for what is not defined or measured."""
     rows = [
         (
             label(name),
@@ -110,7 +108,7 @@ def table_rows(attribution: Attribution) -> list[tuple[str, ...]]:
 
 
 def percent(share: float, error: float = math.nan) -> str:
-    """12.3% ± 4.5, `-` for no number."""
+    """Write a share as 12.3% ± 4.5, or `-` if it is no number."""
     if not math.isfinite(share):
         return "-"
     return f"{round(share, 3) + 0.0:.1%}" + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
@@ -122,7 +120,7 @@ def _nats(value: float) -> str:
 
 
 def basis(attribution: Attribution) -> str:
-    """What the shares rest on, in one or two sentences."""
+    """Say what the shares rest on, in one or two sentences."""
     text = f"{attribution.tokens:,} tokens of {attribution.trajectories:,} trajectories; one standard error each"
     text += f" (jackknife over trajectories). k3: {_nats(attribution.k3)} nats per token."
     if attribution.identical:
@@ -133,14 +131,14 @@ def basis(attribution: Attribution) -> str:
 
 
 def attribution_section(run_dir: Path) -> str | None:
-    """HTML for the report: the last step's table, picture and advice, and how the shares went; None if none exist."""
+    """Return HTML for the report: the last step's table, picture and advice, and shares by step; None without any."""
     measured = read_attributions(run_dir)
     if not measured:
         return None
     last = measured[-1]
     parts = [f'<p class="soft">Step {last.step}. {escape(basis(last.attribution))}</p>']
     parts.append(table(COLUMNS, table_rows(last.attribution), numbers=True))
-    picture = run_dir / FOLDER / f"step_{last.step}.png"
+    picture = RunDir(run_dir).attributed(last.step).with_suffix(".png")
     if picture.is_file():
         parts.append(image(picture.read_bytes(), f"shares of the mismatch by cause, step {last.step}"))
     if last.diagnosis is not None:

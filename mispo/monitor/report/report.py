@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from mispo.config.load import changed_keys, config_from_file
 from mispo.config.schema import MispoConfig
 from mispo.monitor.console import summary_rows
 from mispo.monitor.report.attribution import attribution_section
@@ -19,54 +17,47 @@ from mispo.monitor.report.html import bullets, image, page, table, trace_pair
 from mispo.monitor.report.plots import draw_curve
 from mispo.monitor.rows import Row, before_after, read_rows, references
 from mispo.system.files import replacing
+from mispo.system.rundir import RunDir
 from rollouts.records import SAMPLE_KEYS
 
 PACKAGES = ("mispo", "torch", "transformers", "accelerate", "deepspeed", "datasets", "reasoning-gym", "wandb")
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes run_dir/curve.png and run_dir/report.html from what the run left there; returns the latter.
+    """Write run_dir/curve.png and run_dir/report.html from what the run left there; returns the latter.
 
     Needs metrics.jsonl and config.yaml (ValueError naming what is missing or broken). Shows what there is of
     samples_before.jsonl, samples_after.jsonl and notes.json, and says what there is not; so a run that was
     stopped early has a report too. Shows attribution/step_N.json where there is one.
     """
-    missing = [name for name in ("metrics.jsonl", "config.yaml") if not (run_dir / name).is_file()]
+    run = RunDir(run_dir)
+    missing = [path.name for path in (run.metrics, run.config) if not path.is_file()]
     if missing:
         raise ValueError(f"{run_dir}: no {' and no '.join(missing)}; give the run_dir of a `mispo train` run")
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{run_dir / 'config.yaml'}: not a mapping of config keys")
-    rows = read_rows(run_dir / "metrics.jsonl")
-    before, after = (
-        read_samples(run_dir / "samples_before.jsonl"),
-        read_samples(run_dir / "samples_after.jsonl"),
-    )
-    with replacing(run_dir / "curve.png") as temporary:
+    config = config_from_file(run.config, [])
+    rows = read_rows(run.metrics)
+    before, after = read_samples(run.samples_before), read_samples(run.samples_after)
+    with replacing(run.curve) as temporary:
         draw_curve(rows, temporary)
-    changed = differences(config, dataclasses.asdict(MispoConfig()))
+    changed = [(key, json.dumps(value, ensure_ascii=False)) for key, value in changed_keys(config).items()]
     attributed = attribution_section(run_dir)
     sections = [
         ("Held-out problems", _summary(rows)),
-        (
-            "Curves",
-            image((run_dir / "curve.png").read_bytes(), "reward, length, acceptance and routing by step"),
-        ),
+        ("Curves", image(run.curve.read_bytes(), "reward, length, acceptance and routing by step")),
         *([] if attributed is None else [("Where the mismatch comes from", attributed)]),
-        ("Notes", bullets([*own_notes(rows, config), *read_notes(run_dir / "notes.json")])),
+        ("Notes", bullets([*own_notes(rows, config.trainer.steps), *read_notes(run.notes)])),
         ("Traces before and after", _traces(before, after)),
         ("Configuration, where it differs from the defaults", table((), changed, numbers=False)),
         ("Versions, where this report was written", table((), versions(), numbers=False)),
     ]
     title = f"mispo run {run_dir.resolve().name}"
-    path = run_dir / "report.html"
-    with replacing(path) as temporary:
+    with replacing(run.report) as temporary:
         temporary.write_text(page(title, _subtitle(rows, config), sections), encoding="utf-8")
-    return path
+    return run.report
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Traces of a samples file, none if there is no file; ValueError if a row lacks a key."""
+    """Read the traces of a file, none if there is no file; ValueError if a row lacks a key."""
     if not path.is_file():
         return []
     samples = read_rows(path)
@@ -78,7 +69,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def read_notes(path: Path) -> list[str]:
-    """The run's own remarks, a JSON list of strings; none if there is no file."""
+    """Read the remarks that a run left, a JSON list of strings; none if there is no file."""
     if not path.is_file():
         return []
     try:
@@ -90,12 +81,12 @@ def read_notes(path: Path) -> list[str]:
     return notes
 
 
-def own_notes(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
-    """What the files themselves tell about how far the numbers can be trusted."""
+def own_notes(rows: Sequence[Row], planned: int) -> list[str]:
+    """Say how far the numbers can be trusted, from the rows themselves. planned: trainer.steps."""
     before, after = before_after(rows)
-    done, planned = _steps(rows, config)
+    done = _last_step(rows)
     notes = ["One run, one seed: differences of a few points may be chance."]
-    if planned is not None and done < planned:
+    if done < planned:
         notes.append(f"The run stopped after {done} of {planned} steps.")
     if not before:
         notes.append("No evaluation before RL was recorded (row 0), so no change can be shown.")
@@ -109,21 +100,8 @@ def own_notes(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def differences(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted key, value) of every setting that differs from its default, in the file's order."""
-    changed: list[tuple[str, str]] = []
-    for key, value in config.items():
-        default = defaults.get(key)
-        # A free dictionary (data.task_args) defaults to {}: it is one value.
-        if isinstance(value, Mapping) and isinstance(default, Mapping) and default:
-            changed += differences(value, default, f"{prefix}{key}.")
-        elif key not in defaults or value != default:
-            changed.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
-    return changed
-
-
 def versions() -> list[tuple[str, str]]:
-    """(name, version) of Python and of the packages that a run depends on."""
+    """Return (name, version) of Python and of the packages that a run depends on."""
     found = [("python", platform.python_version())]
     for name in PACKAGES:
         try:
@@ -133,19 +111,17 @@ def versions() -> list[tuple[str, str]]:
     return found
 
 
-def _steps(rows: Sequence[Row], config: Mapping[str, Any]) -> tuple[int, int | None]:
-    done = max((row["step"] for row in rows), default=0)
-    return done, config.get("trainer", {}).get("steps")
+def _last_step(rows: Sequence[Row]) -> int:
+    return max((row["step"] for row in rows), default=0)
 
 
-def _subtitle(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
-    done, planned = _steps(rows, config)
-    model, data = config.get("model", {}), config.get("data", {})
+def _subtitle(rows: Sequence[Row], config: MispoConfig) -> str:
+    data = config.data
     parts = [
-        str(model.get("preset") or model.get("path") or "unknown model"),
-        str(data.get("task") or data.get("path") or "unknown data"),
-        f"{done} of {planned} steps" if planned is not None else f"{done} steps",
-        f"seed {config.get('seed', 0)}",
+        str(config.model.preset or config.model.path),
+        ", ".join(data.mixture) or str(data.task or data.path),
+        f"{_last_step(rows)} of {config.trainer.steps} steps",
+        f"seed {config.seed}",
     ]
     return " · ".join(parts)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mispo.algorithm.variance_shares import Attribution, Part
 from mispo.config.load import save_config
-from mispo.config.schema import MispoConfig, ModelConfig
+from mispo.config.schema import DataConfig, MispoConfig, ModelConfig
 from mispo.metrics.diagnosis import Diagnosis
 from mispo.monitor.advice import paragraph
 from mispo.monitor.report.attribution import (
@@ -143,7 +143,10 @@ def test_the_table_has_a_row_for_each_cause_and_one_for_all() -> None:
 
 def run_directory(path: Path) -> Path:
     path.mkdir()
-    save_config(MispoConfig(model=ModelConfig(preset="tiny", path=None)), path / "config.yaml")
+    save_config(
+        MispoConfig(model=ModelConfig(preset="tiny", path=None), data=DataConfig(task="count_bits")),
+        path / "config.yaml",
+    )
     (path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
     return path
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mispo.config.load import save_config
-from mispo.config.schema import MispoConfig, ModelConfig
+from mispo.config.schema import DataConfig, MispoConfig, ModelConfig
 from mispo.monitor.report.report import own_notes, write_report
 
 SAMPLE = {"question": "ones in 5?", "answer": "2", "completion": "<think></think>3", "reward": 0.0}
@@ -16,7 +16,10 @@ HOSTILE = "<script>alert(1)</script>"
 
 def run_directory(path: Path, rows: list[dict[str, Any]], **files: Any) -> Path:
     path.mkdir()
-    save_config(MispoConfig(model=ModelConfig(preset="tiny", path=None), seed=7), path / "config.yaml")
+    save_config(
+        MispoConfig(model=ModelConfig(preset="tiny", path=None), data=DataConfig(task="count_bits"), seed=7),
+        path / "config.yaml",
+    )
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, samples in files.items():
         (path / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -58,8 +61,26 @@ def test_a_run_that_was_stopped_says_so(tmp_path: Path) -> None:
 
 
 def test_numbers_that_were_none_are_named() -> None:
-    notes = own_notes([{"step": 1, "actor/loss": None}], {"trainer": {"steps": 1}})
+    notes = own_notes([{"step": 1, "actor/loss": None}], 1)
     assert any("actor/loss" in note for note in notes)
+
+
+def test_changed_settings_are_shown_as_they_were_given(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", rows(1))
+    config = MispoConfig(model=ModelConfig(preset="tiny", path=None), data=DataConfig(task="count_bits"))
+    config.data.prompt = "${question} = ???"
+    save_config(config, run / "config.yaml")
+    page = write_report(run).read_text()
+    assert "data.prompt" in page
+    assert "${question} = ???" in page
+    assert "trainer.steps" not in page, "that is the default"
+
+
+def test_a_config_of_another_version_names_its_key(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", rows(1))
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("\n  lag:", "\n  lagg:"))
+    with pytest.raises(ValueError, match=r"config\.yaml: .*rollout\.lagg"):
+        write_report(run)
 
 
 def test_an_empty_run_has_a_report_too(tmp_path: Path) -> None:
@@ -71,7 +92,7 @@ def test_an_empty_run_has_a_report_too(tmp_path: Path) -> None:
     [
         ("metrics.jsonl", None, "no metrics.jsonl; give the run_dir"),
         ("config.yaml", None, "no config.yaml"),
-        ("config.yaml", "- 1\n", "not a mapping"),
+        ("config.yaml", "- 1\n", "is no config"),
         ("samples_after.jsonl", '{"question": "q"}\n', "row 1 has no answer, completion, reward"),
         ("notes.json", "{}", "not a list of strings"),
         ("notes.json", "[", "not JSON"),
