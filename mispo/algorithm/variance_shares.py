@@ -4,7 +4,7 @@ log x telescopes into parts, for example stale weights, precision and the rest: 
 share of part i is Cov(part_i, log x)/Var(log x) over the generated tokens; the shares add up to 1, and one is negative
 where a part cancels others. Each part is also measured with the rollout's routing replayed in the trainer: what then
 vanishes, Cov(part_i − replayed_i, log x)/Var(log x), is mediated by routing. That is a second column about the same
-parts, never a part of its own: staleness and precision act partly *through* the router. Ours.
+parts, not another part: staleness and precision act partly *through* the router. Ours.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def attribute(
     offsets_B1: Tensor,
     everyone: Callable[[Tensor], Tensor],
 ) -> Attribution:
-    """Shares of the parts [N] of this rank's log x, over all ranks.
+    """Compute the shares of the parts [N] of this rank's log x, over all ranks.
 
     parts: name → part of log x [N]; they add up to log x. replayed: the same parts with the rollout's routing replayed,
     by the same names; None = not measured. everyone: this rank's [B, …] → all ranks' [total, …], called once.
@@ -99,7 +99,10 @@ def attribute(
 
 
 def _from_sums(names: list[str], sums_BX: Tensor, replayed: bool) -> Attribution:
-    """sums_BX: n, Σy, Σy², Σk3, then for each part Σp, Σpy, Σp², Σm, Σmy, then the tokens left out; y = log x."""
+    """Make the record from sums over each trajectory.
+
+    sums_BX: n, Σy, Σy², Σk3, then for each part Σp, Σpy, Σp², Σm, Σmy, then the tokens left out; y = log x.
+    """
     count = len(names)
     left_out, sums_BX = int(sums_BX[:, -1].sum()), sums_BX[sums_BX[:, 0] > 0, :-1]
     shares, errors = jackknife(sums_BX, lambda sums: _shares(sums, count))
@@ -125,7 +128,7 @@ def _from_sums(names: list[str], sums_BX: Tensor, replayed: bool) -> Attribution
 
 
 def _shares(sums: Tensor, count: int) -> Tensor:
-    """Shares of the parts, mediated shares, and the sum of the latter: [..., X] → [..., 2·count + 1]."""
+    """Return shares of the parts, mediated shares, and the sum of the latter: [..., X] → [..., 2·count + 1]."""
     means = sums / sums[..., :1]
     y, yy = means[..., 1:2], means[..., 2:3]
     part, part_y, _, mediated, mediated_y = means[..., 4:].split(count, -1)

@@ -1,4 +1,4 @@
-"""Where a step's mismatch comes from, by computing its log-probs on the way from the rollout to the trainer.
+"""Finds where a step's mismatch comes from, by computing its log-probs on the way from the rollout to the trainer.
 
     rollout, as sampled → the same weights in one forward without a cache (rest: the engine)
         → in the trainer's precision (precision) → the trainer's weights (weights: staleness)
@@ -75,7 +75,7 @@ class Attributor:
     def telescope(self, batch: Batch, *, replay: bool) -> dict[str, Tensor]:
         """Return the parts of log x [N], in nats. replay: with the rollout's routing in every forward."""
         layout, temperature = self.learner.settings.layout, self.learner.settings.temperature
-        experts = [t.routed_experts for t in batch.trajectories] if replay else None
+        experts = _experts(batch) if replay else None
         batch = replace(batch, experts=experts)
         trainer_N = score_logprobs(self.learner.actor, batch, layout, temperature)
         stale_N = trainer_N
@@ -94,13 +94,20 @@ class Attributor:
         assert self.learner.publisher is not None, "without an engine there is nothing to compare with"
         _, weights = self.learner.publisher.sampled()
         module, ranks = self.learner.actor.module, self.learner.ranks
+        assert isinstance(module, ActorModule)
         policy = module.policy
         copy = copy_of(policy, weights, ranks.device, policy.config._attn_implementation)
         return Reference(ActorModule(copy, module.dtype, replays=True), ranks)
 
 
+def _experts(batch: Batch) -> list[Tensor]:
+    found = [t.routed_experts for t in batch.trajectories if t.routed_experts is not None]
+    assert len(found) == len(batch.trajectories), "replay needs the experts of every trajectory"
+    return found
+
+
 def attribution_metrics(attribution: Attribution) -> Mapping[str, float]:
-    """attribution/<part>: share of Var(log x); attribution/<part>_mediated: through routing; and over all parts."""
+    """Return attribution/<part>: share of Var(log x); attribution/<part>_mediated: through routing; and over all."""
     metrics = {"attribution/mediated": attribution.mediated, "attribution/rms": math.sqrt(attribution.variance)}
     for name, part in attribution.parts.items():
         metrics |= {f"attribution/{name}": part.share, f"attribution/{name}_mediated": part.mediated}

@@ -57,7 +57,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Over the generated tokens of all ranks. What was not measured, or is not defined, is NaN.
+    """How confidence, mismatch, replay and staleness go together, over the generated tokens of all ranks.
+
+    What was not measured, or is not defined, is NaN.
 
     tokens: those with a finite log x; trajectories: those with tokens. replaying: whether the run replays the rollout's
     routing in the trainer. stale: whether the rollout's weights were older than the trainer's.
@@ -71,7 +73,7 @@ class Diagnosis:
     Three variants of the step: free: with the trainer's own routing; replayed: with the rollout's; fresh: as the run
     is, but without the part of stale weights. rms_*: root mean square of log x in each, nats.
 
-    window: [lo, hi] on the trajectory ratio, the widest if trajectories have windows of their own; free, replayed,
+    window: [lo, hi] on the trajectory ratio, the widest if trajectories have different ones; free, replayed,
     fresh: share of the trajectories that it accepts. replay_gain = replayed − free; fresh_gain = fresh − as the run is.
     None: the filter has no window; free, replayed, fresh are then NaN, and a gain is the relative reduction of the rms:
     replay_gain = 1 − rms_replayed/rms_free, fresh_gain = 1 − rms_fresh/rms; 0 where there is nothing to reduce.
@@ -193,7 +195,7 @@ def _accepted(x_N: Tensor | None, evidence: Evidence) -> Tensor:
 
 
 def _estimates(sums: Tensor, windowed: bool, replaying: bool) -> Tensor:
-    """[..., SUMS] → [..., ESTIMATES]. windowed: gains are points of acceptance; else relative reductions of the rms."""
+    """Map [..., SUMS] to [..., ESTIMATES]. windowed: gains are shares of acceptance; else reductions of the rms."""
     trajectories, free, replayed, fresh, n, c, a, cc, aa, ca, agreed, stale, rr, ff = sums.unbind(-1)
     accepted = [x / trajectories for x in (free, replayed, fresh)]
     c, a, cc, aa, ca, rr, ff = (x / n for x in (c, a, cc, aa, ca, rr, ff))
@@ -218,7 +220,7 @@ def _rms_reduced(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _stump(c_N: Tensor, a_N: Tensor, tokens: int, total: float, reduce: Reduce) -> tuple[float, float, float, float]:
-    """(threshold, share of tokens below it, mean of a below, mean of a above) with the least squared error of a.
+    """Return (threshold, share of tokens below it, mean of a below, mean of a above) with the least squared error of a.
 
     c_N float32 and a_N: this rank's; tokens, total: number and sum of a on all ranks. NaN where no candidate has enough
     tokens on both sides.
@@ -250,5 +252,5 @@ def from_json(values: Mapping[str, Any]) -> Diagnosis:
     """Invert `as_json`; null becomes NaN. KeyError if a field is missing; other keys are ignored."""
     found = {field.name: values[field.name] for field in dataclasses.fields(Diagnosis)}
     window = found.pop("window")
-    numbers = {key: math.nan if x is None else x for key, x in found.items()}
+    numbers: dict[str, Any] = {key: math.nan if x is None else x for key, x in found.items()}
     return Diagnosis(window=None if window is None else (window[0], window[1]), **numbers)

@@ -26,7 +26,7 @@ FINEST, COARSEST, STEPS_PER_DECADE = -8, 2, 40
 
 @dataclass(frozen=True)
 class MismatchSums:
-    """Per trajectory [B] float64: sums over its tokens, so that ranks can be put together.
+    """Sums over the tokens of each trajectory, [B] float64, so that ranks can be put together.
 
     log_x1_B and log_x2_B: log of Σ x and of Σ x², since the sums themselves may overflow. rollout_B: Σ −log π_rollout.
     """
@@ -67,13 +67,13 @@ def ratio_histogram(log_x_N: Tensor) -> Tensor:
 
 
 def _quantile(counts_H: Tensor, share: float) -> float:
-    """Upper edge of the bin in which the quantile lies; 0 for the finest one, where |log x| may be exactly 0."""
+    """Return the upper edge of the bin in which the quantile lies; 0 for the finest one, which has |log x| = 0."""
     number = int(torch.searchsorted(counts_H.cumsum(0).double(), counts_H.sum() * share))
     return 10 ** (FINEST + (number + 1) / STEPS_PER_DECADE) if number else 0.0
 
 
 def mismatch_metrics(sums: MismatchSums, sizes_H: Tensor) -> dict[str, float]:
-    """How far rollout and trainer are apart, over tokens. sizes_H: `ratio_histogram` of all ranks.
+    """Measure how far rollout and trainer are apart, over tokens. sizes_H: `ratio_histogram` of all ranks.
 
     KL(π_rollout ‖ π_old) in nats, by k1 = −log x (unbiased) and k3 = x − 1 − log x (≥ 0); χ²(π_old ‖ π_rollout) =
     mean x² − 1; the share ess = (Σx)²/(N·Σx²) of the samples that importance weighting would leave effective; the
@@ -97,7 +97,7 @@ def mismatch_metrics(sums: MismatchSums, sizes_H: Tensor) -> dict[str, float]:
 
 
 def acceptance_metrics(selection: Selection, lengths_B: Tensor, rewards_B: Tensor, lags_B: Tensor) -> dict[str, float]:
-    """Acceptance of trajectories: overall, by reward sign, length and lag; under a window also below and above it.
+    """Measure the acceptance of trajectories: overall, by reward sign, length, lag, and side of the window.
 
     Reward sign: above or not above the mean of the step. lags_B: actor updates that a trajectory's weights were behind
     the trainer's. Buckets without a trajectory are left out.

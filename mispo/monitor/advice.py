@@ -86,7 +86,7 @@ def _prediction(diagnosis: Diagnosis) -> str:
 
 
 def _gains(diagnosis: Diagnosis) -> str:
-    """What the window accepts, or where there is none the rms of log x: as the run is, and in the other variants."""
+    """Say what the window accepts, or without one the rms of log x: as the run is, and in the other variants."""
     if diagnosis.window is None:
         shown, (free, replayed, fresh) = _nats, (diagnosis.rms_free, diagnosis.rms_replayed, diagnosis.rms_fresh)
         head = f"The rms of log x is {diagnosis.rms:.2g} nats over {diagnosis.trajectories} trajectories"
@@ -120,7 +120,7 @@ def _nats(value: float) -> str:
 
 
 def _gain(diagnosis: Diagnosis, gain: float, error: float) -> str:
-    """Points of acceptance; without a window the change of the rms, which falls where something is gained."""
+    """Write a gain in points of acceptance, or without a window as the change of the rms, negative where it falls."""
     if diagnosis.window is None:
         return f"{0.0 - 100 * gain:+.1f}% ± {100 * error:.1f}"
     return f"{100 * gain:+.1f} ± {100 * error:.1f} points"

@@ -17,7 +17,7 @@ BOOTSTRAP_GAP = 0.25
 
 @dataclass(frozen=True)
 class Alarm:
-    """name: as in `alarm/<name>`. text: metric and value, suspected cause, advice."""
+    """A sign that is due. name: of its rule in RULES. text: metric and value, suspected cause, advice."""
 
     name: str
     text: str
@@ -25,7 +25,7 @@ class Alarm:
 
 @dataclass
 class Alarms:
-    """Counts in how many steps in a row each sign was seen; reports it once, when `patience` is reached."""
+    """Counts in how many steps in a row each sign was seen; an alarm is due once, when `patience` is reached."""
 
     config: MispoConfig
     _seen: dict[str, int] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Alarms:
 
 
 def acceptance(metrics: Row, config: MispoConfig) -> str | None:
-    """The filter rejects nearly everything, so the actor stands still or follows a few odd samples."""
+    """Say that the filter rejects nearly everything, so that the actor stands still or follows a few odd samples."""
     accepted, least = metrics["mis/traj_accept"] * metrics["mis/token_accept"], config.alarms.min_acceptance
     if accepted >= least:
         return None
@@ -65,7 +65,7 @@ def acceptance(metrics: Row, config: MispoConfig) -> str | None:
 
 
 def mismatch(metrics: Row, config: MispoConfig) -> str | None:
-    """Rollout and trainer are two policies."""
+    """Say that rollout and trainer are two policies."""
     if metrics["mismatch/k3"] <= config.alarms.max_mismatch:
         return None
     return (
@@ -75,7 +75,7 @@ def mismatch(metrics: Row, config: MispoConfig) -> str | None:
 
 
 def mismatch_cause(config: MispoConfig) -> str:
-    """The likeliest cause of a mismatch that the settings admit, and the remedy."""
+    """Name the likeliest cause of a mismatch that the settings admit, and the remedy."""
     rollout = config.rollout
     if rollout.lag:
         return (
@@ -93,7 +93,7 @@ def mismatch_cause(config: MispoConfig) -> str:
 
 
 def critic(metrics: Row, config: MispoConfig) -> str | None:
-    """The critic has drifted to a constant, fed by its own bootstrapped targets."""
+    """Say that the critic has drifted to a constant, on its own bootstrapped targets."""
     explained, gap = metrics.get("critic/vf_explained_var"), metrics.get("trunc/bootstrap_gap")
     if config.algorithm.truncation != "bootstrap" or explained is None or gap is None:
         return None
@@ -108,7 +108,7 @@ def critic(metrics: Row, config: MispoConfig) -> str | None:
 
 
 def rewards(metrics: Row, config: MispoConfig) -> str | None:
-    """The verifier fails on most completions."""
+    """Say that the verifier fails on most completions."""
     if metrics["reward/failed"] <= config.alarms.max_failed_rewards:
         return None
     return (
@@ -119,24 +119,24 @@ def rewards(metrics: Row, config: MispoConfig) -> str | None:
 
 
 def routing(metrics: Row, config: MispoConfig) -> str | None:
-    """The routers drift: less sure than at the start, or no longer those of the rollout. Nothing for a dense model."""
-    told = []
+    """Say that the routers drift: less sure than at the start, or unlike the rollout's. Nothing for a dense model."""
+    signs = []
     replays = config.router.replay == "rollout"
     remedy = "" if replays else ", or replay the rollout's routing (router.replay=rollout)"
     agreed, least = metrics.get("moe/expert_agreement"), config.alarms.min_agreement
     if agreed is not None and agreed < least:
-        told.append(
+        signs.append(
             f"moe/expert_agreement: the trainer's routers choose {agreed:.1%} of the rollout's experts, less than "
             f"{least:.1%}. {mismatch_cause(config)}{remedy}"
         )
     low, most = metrics.get("moe/low_confidence/mean"), config.alarms.max_low_confidence
     if low is not None and low > most:
-        told.append(
+        signs.append(
             f"moe/low_confidence/mean: the routers are less sure of {low:.0%} of the tokens than they were of all but "
             f"a tenth in step 1, more than {most:.0%}. Suspected: they drift, which widens the mismatch; lower "
             f"trainer.actor_lr, stay nearer to on-policy (rollout.lag){remedy}"
         )
-    return ". ".join(told) or None
+    return ". ".join(signs) or None
 
 
 RULES: Mapping[str, Callable[[Row, MispoConfig], str | None]] = {

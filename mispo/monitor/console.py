@@ -55,13 +55,13 @@ STEP_WIDTH = 11
 
 
 def make_console(file: TextIO | None = None) -> Console:
-    """Colour and the real width on a terminal; plain text, LOG_WIDTH columns, in a pipe or a log."""
+    """Open a console: colour and the real width on a terminal; plain text, LOG_WIDTH columns, in a pipe or a log."""
     file = file or sys.stdout
     return Console(file=file, highlight=False, width=None if file.isatty() else LOG_WIDTH)
 
 
 def visible_columns(width: int) -> list[Column]:
-    """The columns that fit into `width` characters, in their order; the most important ones always stay."""
+    """Return the columns that fit into `width` characters, in their order; the most important ones always stay."""
     columns = list(COLUMNS)
     while _width(columns) > width and any(column.priority for column in columns):
         columns.remove(max(columns, key=lambda column: column.priority))
@@ -73,13 +73,13 @@ def _width(columns: list[Column]) -> int:
 
 
 def step_header(width: int = LOG_WIDTH) -> Text:
-    """The titles above the step lines."""
+    """Return the titles above the step lines."""
     titles = [column.title.rjust(column.width + GAP) for column in visible_columns(width)]
     return Text("step".rjust(STEP_WIDTH) + "".join(titles), style="bold")
 
 
 def step_line(step: int, steps: int, metrics: Row, width: int = LOG_WIDTH) -> Text:
-    """One step in one line; `-` where a metric is missing, `nan` (red) where it is null or not finite."""
+    """Write one step in one line; `-` where a metric is missing, `nan` (red) where it is null or not finite."""
     line = Text(f"{step}/{steps}".rjust(STEP_WIDTH))
     for column in visible_columns(width):
         cell, style = _cell(column, metrics)
@@ -99,13 +99,13 @@ def _cell(column: Column, metrics: Row) -> tuple[str, str]:
 
 
 def eval_line(step: int, steps: int, metrics: Row) -> Text:
-    """The accuracies of an evaluation in one line."""
+    """Write the accuracies of an evaluation in one line."""
     parts = [f"{key.removeprefix('eval/')} {metrics[key]:.3f}" for key in eval_keys([metrics])]
     return Text(f"{step}/{steps}".rjust(STEP_WIDTH) + "  eval  " + "  ".join(parts), style="bold")
 
 
 class StepPrinter:
-    """Prints step lines and repeats the header; the width is asked for anew each time."""
+    """Prints step lines under a header that is repeated; each line has the terminal's present width."""
 
     def __init__(self, steps: int, console: Console) -> None:
         self.steps = steps
@@ -126,7 +126,7 @@ class StepPrinter:
 
 
 def summary(before: Row, after: Row, reference_values: Mapping[str, float]) -> Table:
-    """Before against after RL: accuracies and mean length of two metric rows, then constants to compare with.
+    """Compare before and after RL: accuracies and mean length of two metric rows, then constants to compare with.
 
     A missing value is `-`. reference_values: for example {"best constant guess": 0.21}.
     """
@@ -142,7 +142,7 @@ def summary(before: Row, after: Row, reference_values: Mapping[str, float]) -> T
 
 
 def summary_rows(before: Row, after: Row) -> list[tuple[str, str, str, str]]:
-    """(label, before, after, change) as text; shared by the screen and the report."""
+    """Return (label, before, after, change) as text; shared by the screen and the report."""
     rows = []
     measured = "eval/response_length"
     length = measured if measured in before and measured in after else "response_length/mean"
@@ -152,5 +152,6 @@ def summary_rows(before: Row, after: Row) -> list[tuple[str, str, str, str]]:
         decimals = 3 if match else 1
         old, new = before.get(key), after.get(key)
         change = "-" if old is None or new is None else f"{new - old:+.{decimals}f}"
-        rows.append((label, *("-" if v is None else f"{v:.{decimals}f}" for v in (old, new)), change))
+        before_text, after_text = ("-" if value is None else f"{value:.{decimals}f}" for value in (old, new))
+        rows.append((label, before_text, after_text, change))
     return rows

@@ -31,7 +31,10 @@ Samples = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class JournalSettings:
-    """steps, pretrain_steps: how many there are. rollouts_every: tracking.rollouts_every. lag: rollout.lag."""
+    """What the journal needs to know of the config.
+
+    steps, pretrain_steps: how many there are. rollouts_every: tracking.rollouts_every. lag: rollout.lag.
+    """
 
     steps: int
     pretrain_steps: int
@@ -129,7 +132,7 @@ class Journal:
         self.say(f"critic pre-training {number}/{self.settings.pretrain_steps}  loss {loss:.4f}")
 
     def attribution(self, step: int, attribution: Attribution, diagnosis: Diagnosis) -> None:
-        """Write RUN/attribution/step_N.*; the first one of a run says its conclusion on the screen."""
+        """Write RUN/attribution/step_N.*; of the first one in a run the advice is printed."""
         if self.tracker:
             write_attribution(self.directory.root, step, attribution, diagnosis)
         if not self._advised:
@@ -147,7 +150,7 @@ class Journal:
         return {"alarms": self.alarms.state(), "wandb_id": self.tracker.wandb_id if self.tracker else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue counting alarms; the tracker was opened with its id."""
+        """Continue counting alarms; the tracker has its id already."""
         self.alarms.restore(state["alarms"])
 
     def close(self, exit_code: int) -> None:
@@ -162,7 +165,7 @@ class Journal:
 
 
 class Clock:
-    """Measures the seconds of each phase of a step; a phase may come several times. watch: see `Watchdog.watch`."""
+    """Sums up the seconds of each phase of a step. watch: `Watchdog.watch`, which each phase runs inside."""
 
     def __init__(self, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         self._watch = watch

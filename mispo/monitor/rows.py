@@ -19,7 +19,7 @@ REFERENCE = "reference/"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file in file order. A torn last line (the writer crashed or is writing) is left out.
+    """Read the rows of a .jsonl file in file order. A torn last line (the writer crashed or is writing) is left out.
 
     Raises ValueError naming file and line if an earlier line is no JSON object.
     """
@@ -27,7 +27,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a .jsonl file that hold an object, without newlines; see `read_rows` for torn ones."""
+    """Read the lines of a .jsonl file that hold an object, without newlines; see `read_rows` for torn ones."""
     lines = path.read_bytes().split(b"\n")
     while lines and not lines[-1]:
         lines.pop()
@@ -47,7 +47,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def merge_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row per step, ordered; of several rows of a step (training, evaluation) the later wins per key."""
+    """Merge rows into one per step, ordered; of several rows of a step the later wins per key."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)
@@ -55,13 +55,13 @@ def merge_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, without the rows that lack it."""
+    """Return steps and values of one metric, without the rows that lack it."""
     points = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def eval_keys(rows: Sequence[Row]) -> list[str]:
-    """Names of all evaluation accuracies, by task, greedy before sampled."""
+    """Return the names of all evaluation accuracies, by task, greedy before sampled."""
     keys = {key for row in rows for key in row if EVAL_KEY.fullmatch(key)}
     return sorted(keys, key=lambda key: (key.rpartition("/")[0], not key.endswith("/greedy"), key))
 
@@ -71,7 +71,7 @@ def has_eval(row: Row) -> bool:
 
 
 def before_after(rows: Sequence[Row]) -> tuple[Row, Row]:
-    """The evaluations before RL (step 0) and the last one after it; an empty row for one that is missing."""
+    """Return the evaluation before RL (step 0) and the last one after it; an empty row for one that is missing."""
     evaluated = [row for row in merge_steps(rows) if has_eval(row)]
     before: Row = evaluated[0] if evaluated and evaluated[0]["step"] == 0 else {}
     after: Row = evaluated[-1] if evaluated and evaluated[-1]["step"] > 0 else {}
@@ -79,7 +79,7 @@ def before_after(rows: Sequence[Row]) -> tuple[Row, Row]:
 
 
 def references(rows: Sequence[Row]) -> dict[str, float]:
-    """Reference lines as {name for people: value}."""
+    """Return reference lines as {name for people: value}."""
     return {
         key.removeprefix(REFERENCE).replace("_", " "): float(value)
         for row in rows

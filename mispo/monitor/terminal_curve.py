@@ -14,7 +14,7 @@ AXIS_WIDTH = 7
 
 
 def curve(rows: Sequence[Row], *, width: int = 100, height: int = 9) -> str:
-    """Two panels side by side, height + 3 lines: reward (area) with greedy accuracy (◆), and mean length.
+    """Draw two panels side by side, height + 3 lines: reward (area) with greedy accuracy (◆), and mean length.
 
     rows: metric rows, in any order. Without colour; a metric that was never logged leaves its panel empty.
     """
@@ -34,7 +34,7 @@ def curve(rows: Sequence[Row], *, width: int = 100, height: int = 9) -> str:
 
 
 def nice_top(values: Sequence[float]) -> float:
-    """A round number that is not below any value."""
+    """Return a round number that is not below any value."""
     top = max([0.0, *values])
     if top <= 0:
         return 1.0
@@ -78,7 +78,7 @@ def _panel(
 
 
 def _resample(points: tuple[list[int], list[float]], span: tuple[int, int], columns: int) -> list[float | None]:
-    """Mean of the values in each column; a column between two known ones is filled by a straight line."""
+    """Return the mean of the values in each column; a column between two known ones is filled by a straight line."""
     sums: dict[int, list[float]] = {}
     for step, value in zip(*points, strict=True):
         sums.setdefault(_x(step, span, columns), []).append(value)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from mispo.config.schema import TrackingConfig
@@ -70,12 +70,12 @@ class Tracker:
 
     @property
     def wandb_id(self) -> str | None:
-        """Id to save in checkpoints and hand back on resume; None if W&B is disabled."""
+        """The id to save in checkpoints and hand back on resume; None if W&B is disabled."""
         return self._run.id if self._run else None
 
     @property
     def destination(self) -> str:
-        """One line for people: where the metrics of this run can be seen."""
+        """A line for people: where the metrics of this run can be seen."""
         if self._run is None:
             return self._file.name
         where = "offline (upload with `wandb sync`)" if self._run.offline else self._run.url
@@ -85,7 +85,7 @@ class Tracker:
         """Write one row and flush it. NaN and infinities become null (in W&B they are left out)."""
         for key, value in metrics.items():
             assert value is None or isinstance(value, Real), f"{key}: {type(value).__name__} is not a number"
-        assert "step" not in metrics, "the step is an argument of its own"
+        assert "step" not in metrics, "step is the other argument"
         self._file.write(json_line({"step": step, **metrics}))
         self._file.flush()
         if self._run is not None:
@@ -144,7 +144,11 @@ def _start_wandb(
 
 
 def _init_wandb(
-    mode: str, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], run_id: str | None
+    mode: Literal["online", "offline"],
+    run_dir: Path,
+    settings: TrackingConfig,
+    config: dict[str, Any],
+    run_id: str | None,
 ) -> wandb.Run:
     import wandb
 
@@ -171,7 +175,7 @@ def _init_wandb(
 
 
 def _logged_in() -> bool:
-    """Whether W&B would find credentials by itself: environment, settings file, netrc."""
+    """Return whether W&B would find credentials by itself: environment, settings file, netrc."""
     import wandb
 
     settings = wandb.setup().settings

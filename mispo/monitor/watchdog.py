@@ -12,9 +12,9 @@ from typing import TextIO
 
 
 class Watchdog:
-    """Looks at the clock from a thread of its own; a phase that lasts longer than `limit_s` is told once.
+    """Looks at the clock in a separate thread, and reports once each phase that lasts longer than `limit_s`.
 
-    It ends nothing: collectives and verifiers have deadlines of their own, this says who is waiting meanwhile.
+    It ends nothing, since collectives and verifiers have deadlines; it shows who is waiting meanwhile.
     limit_s: seconds, > 0. name: of this process in the message, for example rank 3. stream: with a file descriptor.
     """
 
@@ -24,19 +24,19 @@ class Watchdog:
         self._stream = stream or sys.stderr
         self._lock = threading.Lock()
         self._phase: tuple[str, float] | None = None
-        self._told: tuple[str, float] | None = None
+        self._reported: tuple[str, float] | None = None
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextmanager
     def watch(self, phase: str) -> Iterator[None]:
-        """The clock of this phase runs inside; of phases inside one another the inner one counts."""
+        """Time a phase; of phases inside one another the inner one counts."""
         with self._lock:
             outer, self._phase = self._phase, (phase, time.monotonic())
         try:
             yield
         finally:
             with self._lock:
-                # What comes after the inner phase has a time of its own.
+                # The outer phase is timed from here on.
                 self._phase = outer and (outer[0], time.monotonic())
 
     def _watch(self) -> None:
@@ -44,9 +44,9 @@ class Watchdog:
             time.sleep(self.limit_s / 10)
             with self._lock:
                 phase = self._phase
-            if phase is None or phase == self._told or time.monotonic() - phase[1] < self.limit_s:
+            if phase is None or phase == self._reported or time.monotonic() - phase[1] < self.limit_s:
                 continue
-            self._told = phase
+            self._reported = phase
             self._stream.write(
                 f"\n{self.name} has been in the phase {phase[0]!r} for more than {self.limit_s:g} s (alarms.stall_s); "
                 "this is what its threads do:\n"

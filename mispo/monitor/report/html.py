@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Nothing may be loaded or run, whatever a trace contains.
+# Nothing that a trace contains may be loaded or run.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -37,14 +37,14 @@ pre { margin: .2rem 0 0; padding: .6rem .8rem; background: var(--box); border-ra
 
 
 def escape(text: object) -> str:
-    """Text as HTML. Control characters become visible pictures; half surrogates become `?`."""
+    """Return text as HTML. Control characters become visible pictures; half surrogates become `?`."""
     clean = str(text).encode("utf-8", "replace").decode()
     pictures = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
     return html.escape(clean.translate(pictures))
 
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
-    """The whole document. sections: (heading, body as HTML)."""
+    """Write the whole document. sections: (heading, body as HTML)."""
     body = "\n".join(f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -64,7 +64,7 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool) -> str:
-    """A table; numbers: every column but the first is right-aligned."""
+    """Write a table; numbers: every column but the first is right-aligned."""
 
     def cells(row: Sequence[str], tag: str) -> str:
         mark = ' class="number"' if numbers else ""
@@ -76,7 +76,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
 
 
 def trace_pair(number: int, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
-    """One problem with its trace before and after RL side by side."""
+    """Show one problem with its trace before and after RL side by side."""
     problem = before or after
     assert problem is not None, "a pair has at least one trace"
     return (

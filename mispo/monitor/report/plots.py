@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _plot(axes: Axes, rows: Sequence[Row], key: str, label: str, **style: object) -> None:
+def _plot(axes: Axes, rows: Sequence[Row], key: str, label: str, **style: Any) -> None:
     steps, values = series(rows, key)
     if steps:
         # A line of one point is invisible.
@@ -142,7 +143,7 @@ def draw_attribution(attribution: Attribution, path: Path, title: str) -> None:
 
 
 def _bars(axes: Axes, values: list[tuple[float, float]], shift: float, height: float, color: str, legend: str) -> None:
-    """Horizontal bars of (value, error), each with its number at the end; what is no number has none."""
+    """Draw horizontal bars of (value, error), each with its number at the end; none for a value that is no number."""
     shown = [(place, value, error) for place, (value, error) in enumerate(values) if math.isfinite(value)]
     if not shown:
         return

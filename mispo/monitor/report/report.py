@@ -133,7 +133,7 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def _traces(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
-    """Pairs by question; a trace whose partner is missing stands alone."""
+    """Pair traces by question; a trace whose partner is missing stands alone."""
     if not before and not after:
         return '<p class="soft">This run kept no traces.</p>'
     later = {sample["question"]: sample for sample in reversed(after)}
