@@ -135,6 +135,11 @@ class OptimizerPart(Part):
     weight_decay: float = setting(0.1, least=0)
     """Decoupled, on matrices only (report: 0.1)."""
 
+    @property
+    def clips_at(self) -> float | None:
+        """The norm that gradients are clipped to; None = they are not clipped."""
+        return None
+
     def state_bytes(self, hidden: int, others: int) -> int:
         """Count the bytes of the states, fp32. hidden: parameters in matrices of hidden layers; others: the rest."""
         raise NotImplementedError
@@ -144,7 +149,8 @@ class OptimizerPart(Part):
 class Muon(OptimizerPart):
     """Muon for the matrices of hidden layers, AdamW for embeddings, heads and vectors (report; scaled as in arXiv
     2502.16982, so that a learning rate means the same as for AdamW). actor/grad_norm under Muon and ZeRO 1 to 3 is the
-    norm of the update."""
+    norm of the update. Nothing is clipped: DeepSpeed would clip the orthogonal update, whose size says nothing of the
+    gradient's."""
 
     title: ClassVar[str] = "Muon"
     name: str = field(default="muon", init=False)
@@ -161,6 +167,10 @@ class AdamW(OptimizerPart):
     name: str = field(default="adamw", init=False)
     max_grad_norm: float = setting(1.0, above=0)
     """The gradient norm is clipped to this, per model, > 0. Ours."""
+
+    @property
+    def clips_at(self) -> float | None:
+        return self.max_grad_norm
 
     def state_bytes(self, hidden: int, others: int) -> int:
         return 8 * (hidden + others)

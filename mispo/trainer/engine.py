@@ -19,10 +19,10 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from mispo.config.parts import AdamW, Muon, OptimizerPart
+from mispo.config.parts import OptimizerPart
 from mispo.config.schema import TrainerConfig
 from mispo.trainer.batch import ModelInput
-from mispo.trainer.optimizer import OptimizerStates, build_optimizer
+from mispo.trainer.optimizer import OptimizerStates, build_optimizer, zero_options
 from mispo.trainer.policy import ActorModule, CriticModule
 from mispo.trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, prepare_environment
 from model.facts import FlopCounter, ForwardFlops
@@ -258,13 +258,11 @@ def deepspeed_config(config: TrainerConfig, optimizer: OptimizerPart) -> dict[st
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
-    if isinstance(optimizer, Muon) and config.zero_stage == 3:
-        zero |= {"reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
+    zero |= zero_options(optimizer, config.zero_stage)
     generated = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Under Muon DeepSpeed would clip the orthogonal update, whose size says nothing of the gradient's.
-        "gradient_clipping": optimizer.max_grad_norm if isinstance(optimizer, AdamW) else 0.0,
+        "gradient_clipping": optimizer.clips_at or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

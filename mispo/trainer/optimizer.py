@@ -14,7 +14,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from mispo.config.parts import AdamW, OptimizerPart
+from mispo.config.parts import AdamW, Muon, OptimizerPart
 from mispo.trainer.ranks import Ranks
 from model.facts import hidden_matrices
 
@@ -26,22 +26,37 @@ MOMENTUM = 0.95
 """Muon's, with Nesterov's look-ahead."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's states."""
+
+MOMENTUM_BUFFER = ("momentum_buffer",)
+"""Names of Muon's states."""
 
 
 def build_optimizer(module: nn.Module, chosen: OptimizerPart) -> torch.optim.Optimizer:
     """Build the chosen optimizer, with learning rate 0.
 
-    Each group's `lr_scale` is the factor on the learning rate that belongs to it.
+    Each group's `lr_scale` is the factor on the learning rate that belongs to it; each parameter's `optimizer_states`
+    are the names of its states, for checkpoints.
     """
+    for parameter in _trained(module).values():
+        parameter.optimizer_states = MOMENTS
     if isinstance(chosen, AdamW):
         groups = [
             {**group, "lr_scale": 1.0} for group in _adam_groups(list(_trained(module).values()), chosen.weight_decay)
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
+    assert isinstance(chosen, Muon), f"no optimizer is built for {chosen.name}"
     # Here: it takes two seconds to import.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam(_muon_groups(module, chosen.weight_decay))
+
+
+def zero_options(chosen: OptimizerPart, stage: int) -> dict[str, bool]:
+    """Return what DeepSpeed's `zero_optimization` needs besides for this optimizer."""
+    if isinstance(chosen, Muon) and stage == 3:
+        return {"reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
+    return {}
 
 
 def _adam_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -67,6 +82,7 @@ def _muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         parameter.use_muon = by_muon  # type: ignore[attr-defined]  # DeepSpeed reads both
         parameter.is_expert_group = parameter.ndim == 3  # type: ignore[attr-defined]
         if by_muon:
+            parameter.optimizer_states = MOMENTUM_BUFFER  # type: ignore[attr-defined]
             shapes.setdefault((parameter.shape[-2], parameter.shape[-1]), []).append(parameter)
         else:
             others.append(parameter)
@@ -104,7 +120,7 @@ class OptimizerStates:
 
     def names(self) -> set[str]:
         """Of all states that there are after an update."""
-        return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in _states_of(p)}
+        return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in p.optimizer_states}
 
     def read(self, *, keep: bool = True) -> dict[str, Tensor]:
         """All states, on the CPU; {} on a rank that does not keep them and only helps to gather."""
@@ -112,7 +128,7 @@ class OptimizerStates:
         states: dict[str, Tensor] = {}
         sliced = self._muon_slices()
         for name, parameter in _trained(self.engine.module).items():
-            for state in _states_of(parameter):
+            for state in parameter.optimizer_states:
                 if self.stage == 0:
                     tensor = self.engine.optimizer.state[parameter][state]
                 elif sliced is not None and state == "momentum_buffer":
@@ -128,7 +144,7 @@ class OptimizerStates:
         self._link()
         sliced = self._muon_slices()
         for name, parameter in _trained(self.engine.module).items():
-            for state in _states_of(parameter):
+            for state in parameter.optimizer_states:
                 value = states[f"{name}.{state}"].to(self.ranks.device)
                 if self.stage == 0:
                     self.engine.optimizer.state[parameter][state].copy_(value)
@@ -186,7 +202,3 @@ class OptimizerStates:
         if mine is None or owner != self.ranks.rank:
             mine = torch.zeros(parameter.numel(), device=self.ranks.device)
         return self.ranks.sum(mine).view(parameter.shape)
-
-
-def _states_of(parameter: nn.Parameter) -> tuple[str, ...]:
-    return ("momentum_buffer",) if getattr(parameter, "use_muon", False) else MOMENTS

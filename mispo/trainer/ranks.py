@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mispo.config.parts import AdamW, OptimizerPart
+from mispo.config.parts import OptimizerPart
 from mispo.config.schema import TrainerConfig
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def prepare_environment(config: TrainerConfig, optimizer: OptimizerPart) -> None
 
 def _decided(config: TrainerConfig, optimizer: OptimizerPart) -> dict[str, tuple[str, str]]:
     """What accelerate passes to its processes in ACCELERATE_…: the field that decides it, and what agrees with that."""
-    clipping = optimizer.max_grad_norm if isinstance(optimizer, AdamW) else 1.0
+    clipping = 1.0 if optimizer.clips_at is None else optimizer.clips_at
     hosted = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "parameters": ("cpu", "cpu")}[config.offload]
     return {
         "MIXED_PRECISION": ("trainer.dtype", "no"),
