@@ -29,6 +29,7 @@ from model.lora import add_lora, load_trained
 from model.moe.balance import freeze_routers, selection_biases
 from model.moe.dispatch import experts_in_use
 from model.moe.routers import find_routers, keep_router_fp32
+from rollouts.engine import Engine
 from rollouts.native.engine import NativeEngine
 
 REPLAYED = {"rollout": "the rollout", "old": "π_old"}
@@ -61,7 +62,7 @@ class Models:
     one of them, or none."""
 
     policy: Policy
-    engine: NativeEngine | None
+    engine: Engine | None
     critic: Critic | None
     value_head: ValueHead | None
     reference: Reference | None
@@ -224,7 +225,7 @@ def _other_model(key: str, path: str, setup: Setup, policy: Policy) -> PreTraine
     return model
 
 
-def _engine(setup: Setup, policy: Policy) -> NativeEngine:
+def _engine(setup: Setup, policy: Policy) -> Engine:
     """Build an engine with a separate copy of the policy, in the rollout precision."""
     config, model, chosen = setup.config, policy.model, setup.config.engine
     assert isinstance(chosen, Native), f"no engine is built for {chosen.name}"

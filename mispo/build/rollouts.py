@@ -116,6 +116,6 @@ def build_attributor(setup: Setup, models: Models, learner: Learner) -> Attribut
         engine=models.engine,
         learner=learner,
         trajectories=config.router.attribute_trajectories,
-        recorded=config.router.record,
+        recorded=config.router.record and models.engine.can.experts and models.engine.can.replay,
         replaying=config.router.replay == "rollout",
     )

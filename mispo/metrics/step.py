@@ -166,9 +166,8 @@ def _routing(record: StepRecord, about: About) -> dict[str, float]:
     if routing is None:
         return {}
     recorded = not ranks.any(any(t.routed_experts is None for t in trajectories))
-    seen = [t.routing_confidence for t in trajectories if t.routing_confidence is not None]
-    seen_BL = torch.stack(seen) if seen else torch.zeros(0, len(routing.confidence))
-    mine_B = torch.tensor([float(len(t)) for t in trajectories])
+    seen = [(t.routing_confidence, float(len(t))) for t in trajectories if t.routing_confidence is not None]
+    seen_BL = torch.stack([confidence for confidence, _ in seen]) if seen else torch.zeros(0, len(routing.confidence))
     return {
         **routing_metrics(
             routing.confidence,
@@ -180,7 +179,7 @@ def _routing(record: StepRecord, about: About) -> dict[str, float]:
             low_L=record.low_L,
             reduce=ranks.sum,
         ),
-        **rollout_confidence(seen_BL, mine_B, ranks.sum),
+        **rollout_confidence(seen_BL, torch.tensor([length for _, length in seen]), ranks.sum),
     }
 
 
