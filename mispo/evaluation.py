@@ -15,7 +15,7 @@ from mispo.data.sources import SourceSettings, evaluation_problems
 from mispo.trainer.ranks import Ranks
 from rewards.pool import RewardPool
 from rollouts.engine import Engine
-from rollouts.environments.single_turn import SingleTurn
+from rollouts.environment import Environment
 from rollouts.episodes import Sampling, play_all
 from rollouts.grading import grade
 from rollouts.trajectory import Prompt, Trajectory
@@ -104,6 +104,7 @@ class Evaluator:
     """
 
     engine: Engine | None
+    environment: Environment
     pool: RewardPool
     tokenizer: PreTrainedTokenizerBase
     ranks: Ranks
@@ -186,7 +187,7 @@ class Evaluator:
         """All samples of the first prompt, then of the second, …; not graded."""
         assert self.engine is not None, "evaluation sets need an engine"
         sampling = Sampling(samples, self.max_new_tokens, temperature, EVAL_SEED)
-        return play_all(self.engine, SingleTurn(), self.tokenizer, prompts, sampling)
+        return play_all(self.engine, self.environment, self.tokenizer, prompts, sampling)
 
     def _reward(self, traces: Sequence[Trajectory]) -> float:
         return self._mean([trace.reward for trace in traces])

@@ -24,6 +24,7 @@ from mispo.warm_start.traces import careful_reference
 from model.tokenizer import character_tokenizer
 from rewards.pool import RewardPool
 from rewards.registry import PartSpec, RewardSpec
+from rollouts.environments.single_turn import SingleTurn
 from rollouts.episodes import request_seed
 from rollouts.trajectory import Prompt
 from support.data_files import gym, jsonl
@@ -47,7 +48,7 @@ def prompts(*answers: str, first: int = 1) -> list[Prompt]:
 
 def evaluator(pool: RewardPool, script: Script, *sets: EvalSet, max_new_tokens: int = 40, **more: Any) -> Evaluator:
     settings = {"traces": 100, "temperature": 0.7, "max_new_tokens": max_new_tokens, **more}
-    return Evaluator(ScriptedEngine(TOKENIZER, script), pool, TOKENIZER, ALONE, sets, **settings)
+    return Evaluator(ScriptedEngine(TOKENIZER, script), SingleTurn(), pool, TOKENIZER, ALONE, sets, **settings)
 
 
 def obedient(text: str, number: int, temperature: float) -> str:
@@ -119,7 +120,9 @@ def test_the_last_score_and_its_step_survive_a_resume(pool: RewardPool) -> None:
 
 
 def test_without_sets_there_is_nothing_to_measure_and_no_engine_needed(pool: RewardPool) -> None:
-    measured = Evaluator(None, pool, TOKENIZER, ALONE, (), 8, 1.0, 9, [constant_guess, careful_reference("x", [])])
+    measured = Evaluator(
+        None, SingleTurn(), pool, TOKENIZER, ALONE, (), 8, 1.0, 9, [constant_guess, careful_reference("x", [])]
+    )
     assert measured.run(3) == measured.baseline() == Evaluation({}, [], [])
     assert measured.score is None
 

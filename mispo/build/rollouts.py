@@ -96,6 +96,7 @@ def build_evaluator(setup: Setup, models: Models, data: Data, pool: RewardPool) 
         references.append(lambda _: References(notes=[PERMUTED]))
     return Evaluator(
         engine=models.engine,
+        environment=build_environment(config.environment),
         pool=pool,
         tokenizer=models.policy.tokenizer,
         ranks=setup.ranks,

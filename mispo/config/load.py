@@ -33,6 +33,10 @@ MARK = "\ue000"
 """A character for private use: breaks up what OmegaConf would take for an interpolation or a missing value."""
 
 
+RARE_BREAKS = "\x85\u2028\u2029"
+"""What YAML takes for a line break, beside carriage return and newline."""
+
+
 def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> MispoConfig:
     """Compose the config of a run. ValueError with the nearest valid name for one that does not exist.
 
@@ -80,7 +84,19 @@ def save_config(config: MispoConfig, path: Path) -> None:
 
 def config_yaml(config: MispoConfig) -> str:
     """Every key with its value, as YAML."""
-    return str(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120))
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts with rare line breaks in double quotes; in other styles PyYAML does not read them back."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in text for mark in RARE_BREAKS) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:

@@ -70,12 +70,18 @@ def _one_of(section: str, first: str, first_value: str | None, path: str | None)
         yield f"{section}: set exactly one of {section}.{first} and {section}.path; {state}"
 
 
+TAKEN = ("mean", "failed", "finished_mean", "overlong_penalty")
+"""Names under reward/ that are no parts of the reward."""
+
+
 def _rewards(config: MispoConfig) -> Iterator[str]:
     parts = config.reward.parts
     if not any(part.weight for part in parts.values()):
         yield "reward.parts: no part has a weight, so there is nothing to learn; give one a weight other than 0"
     files = [key for key, source in sources(config).items() if source.task is None and source.path is not None]
     for name, part in parts.items():
+        if name in TAKEN:
+            yield f"reward.parts.{name}: the metric reward/{name} exists already; give the part another name"
         if part.name == "gym" and files:
             yield (
                 f"reward.parts.{name}.name: gym scores reasoning-gym tasks, but {files[0]}.task is not set; use "

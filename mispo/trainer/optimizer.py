@@ -39,7 +39,7 @@ def build_optimizer(module: nn.Module, chosen: OptimizerPart) -> torch.optim.Opt
     are the names of its states, for checkpoints.
     """
     for parameter in _trained(module).values():
-        parameter.optimizer_states = MOMENTS
+        parameter.optimizer_states = MOMENTS  # type: ignore[attr-defined]
     if isinstance(chosen, AdamW):
         groups = [
             {**group, "lr_scale": 1.0} for group in _adam_groups(list(_trained(module).values()), chosen.weight_decay)
@@ -120,7 +120,7 @@ class OptimizerStates:
 
     def names(self) -> set[str]:
         """Of all states that there are after an update."""
-        return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in p.optimizer_states}
+        return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in states_of(p)}
 
     def read(self, *, keep: bool = True) -> dict[str, Tensor]:
         """All states, on the CPU; {} on a rank that does not keep them and only helps to gather."""
@@ -128,7 +128,7 @@ class OptimizerStates:
         states: dict[str, Tensor] = {}
         sliced = self._muon_slices()
         for name, parameter in _trained(self.engine.module).items():
-            for state in parameter.optimizer_states:
+            for state in states_of(parameter):
                 if self.stage == 0:
                     tensor = self.engine.optimizer.state[parameter][state]
                 elif sliced is not None and state == "momentum_buffer":
@@ -144,7 +144,7 @@ class OptimizerStates:
         self._link()
         sliced = self._muon_slices()
         for name, parameter in _trained(self.engine.module).items():
-            for state in parameter.optimizer_states:
+            for state in states_of(parameter):
                 value = states[f"{name}.{state}"].to(self.ranks.device)
                 if self.stage == 0:
                     self.engine.optimizer.state[parameter][state].copy_(value)
@@ -202,3 +202,9 @@ class OptimizerStates:
         if mine is None or owner != self.ranks.rank:
             mine = torch.zeros(parameter.numel(), device=self.ranks.device)
         return self.ranks.sum(mine).view(parameter.shape)
+
+
+def states_of(parameter: nn.Parameter) -> tuple[str, ...]:
+    """Return the names of a parameter's states, as `build_optimizer` has set them."""
+    names: tuple[str, ...] = parameter.optimizer_states  # type: ignore[attr-defined]
+    return names

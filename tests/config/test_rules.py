@@ -35,6 +35,7 @@ FILE = ["recipe=paper", "data.path=d.jsonl"]
         ),
         (["eval.sets.a.samples=3"], "eval.sets.a: set exactly one of eval.sets.a.task and eval.sets.a.path"),
         (["eval.sets.a.task=count_bits"], "eval.sets.a.size: a generated task has no end; say how many problems"),
+        (["reward.parts.mean.name=format"], "reward.parts.mean: the metric reward/mean exists already"),
         (["reward.parts.task.weight=0"], "reward.parts: no part has a weight"),
         (["~reward.parts.task"], "reward.parts: no part has a weight"),
         (["trainer.actor_minibatches=257"], "trainer.actor_minibatches: must be at most the trajectories of a step, 2"),

@@ -19,7 +19,7 @@ from mispo.algorithm.method import Targets, ValueTargets
 from mispo.algorithm.objective import Samples
 from mispo.algorithm.variance_shares import Attribution, Part
 from mispo.config.schema import AlarmConfig, MispoConfig, TrackingConfig
-from mispo.metrics.diagnosis import Standing
+from mispo.metrics.diagnosis import Diagnosis
 from mispo.monitor.alarms import Alarms
 from mispo.monitor.console import StepPrinter, make_console
 from mispo.monitor.journal import Clock, Journal, JournalSettings
@@ -186,16 +186,16 @@ def test_other_ranks_write_and_show_nothing_but_their_rollouts(
     assert list(tmp_path.iterdir()) == []
 
 
-def attributed(*, stale: bool) -> tuple[Attribution, Standing]:
+def attributed(*, stale: bool) -> tuple[Attribution, Diagnosis]:
     """Of a dense model, all of whose mismatch is precision."""
     nan = float("nan")
     part = Part(share=1.0, share_error=0.0, mediated=nan, mediated_error=nan, mean=0.0, rms=1e-3)
     attribution = Attribution(
         {"precision": part}, nan, nan, 1e-6, 0.0, 0.0, 100, 0, 10, replayed=False, identical=False
     )
-    measured: dict[str, Any] = {declared.name: nan for declared in fields(Standing)}
+    measured: dict[str, Any] = {declared.name: nan for declared in fields(Diagnosis)}
     measured |= {"tokens": 100, "trajectories": 10, "replaying": False, "stale": stale, "window": (0.99, 1.01)}
-    return attribution, Standing(**measured)
+    return attribution, Diagnosis(**measured)
 
 
 def test_the_first_attribution_says_its_conclusion_and_later_ones_are_files(tmp_path: Path) -> None:
