@@ -8,7 +8,7 @@ from torch import Tensor
 from mispo.algorithm.segments import Reduce, lengths_of, owner_of
 
 MIN_STD = 0.01
-"""Floor of the standard deviation in whitening: a step in which all rewards agree must not blow up noise."""
+"""Floor of the standard deviation in whitening: without it a step in which all rewards agree would amplify noise."""
 
 
 def terminal_values(
@@ -18,11 +18,11 @@ def terminal_values(
     truncation: str,
     reward_range: tuple[float, float],
 ) -> Tensor:
-    """The return R̂ at the end of each trajectory, [B] (report §5.2.2).
+    """Return R̂ at the end of each trajectory, [B] (report §5.2.2).
 
-    bootstrap_B: V(s_T), the critic after the last generated token. truncated_B: bool, from the engine.
+    bootstrap_B: V(s_T), the critic's value after the last generated token. truncated_B: bool, from the engine.
     truncation: "bootstrap": V(s_T), clipped to the reward's range, replaces the reward of truncated trajectories;
-    "zero": 0 does; "mask": they keep theirs, since the caller leaves them out.
+    "zero": 0 replaces it; "mask": they keep their reward, since the caller leaves them out.
     """
     if truncation == "bootstrap":
         return torch.where(truncated_B, bootstrap_B.clamp(*reward_range), rewards_B)
@@ -39,13 +39,13 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates with the reward at the end, and critic targets; both [N] float32.
+    """Compute generalised advantage estimates with the reward at the end, and critic targets; both [N] float32.
 
     values_N: V(s_0 … s_{T−1}). terminal_B: R̂ of `terminal_values`. discounted_B: bool, whether R̂ is a value one
     step ahead (a bootstrap: γ·V(s_T)) and not a reward. δ_t = γ·V(s_{t+1}) − V(s_t), δ_{T−1} = R̂ − V(s_{T−1}),
     Â_t = Σ_l (γλ)^l δ_{t+l}, target = Â + V. With γ = λ = 1: Â_t = R̂ − V(s_t).
 
-    The sum runs by doubling: log₂(longest trajectory) passes over the batch, no loop over tokens.
+    The sum is computed by doubling: log₂(longest trajectory) passes over the batch, without a loop over tokens.
     """
     values = values_N.double()
     owner = owner_of(offsets_B1)
@@ -64,7 +64,7 @@ def gae(
 
 
 def whiten(advantages_N: Tensor, included_N: Tensor, reduce: Reduce) -> Tensor:
-    """(Â − mean)/max(std, 0.01) over the included generated tokens of the step on all ranks, [N]. Ours."""
+    """Scale advantages to (Â − mean)/max(std, 0.01), over the step's included tokens on all ranks; [N]. Ours."""
     chosen = advantages_N.double()[included_N]
     total, count = reduce(torch.stack([chosen.sum(), chosen.new_tensor(len(chosen))]))
     mean = total / count.clamp_min(1)
@@ -73,10 +73,10 @@ def whiten(advantages_N: Tensor, included_N: Tensor, reduce: Reduce) -> Tensor:
 
 
 def group_advantages(returns_B: Tensor, included_B: Tensor, group_B: Tensor, baseline: str) -> Tensor:
-    """Advantages from the other samples of the same prompt, without a critic; [B] float32.
+    """Compute advantages from the other samples of the same prompt, without a critic; [B] float32.
 
-    included_B: bool; what is left out neither counts in its group nor has an advantage. group_B: ids of the prompts,
-    whose trajectories all lie on this rank. baseline, with n samples of mean m and sample deviation s (n − 1):
+    included_B: bool; a trajectory that is left out does not count in its group and has advantage 0. group_B: ids of the
+    prompts, whose trajectories all lie on this rank. baseline, with n samples of mean m and sample deviation s (n − 1):
     "group_std": (R − m)/s (GRPO, arXiv 2402.03300); "group_mean": R − m (Dr. GRPO, 2503.20783); "rloo": R minus the
     mean of the others, n/(n−1)·(R − m) (2402.14740). A group of one included sample has advantage 0.
     """
@@ -96,7 +96,7 @@ def group_advantages(returns_B: Tensor, included_B: Tensor, group_B: Tensor, bas
 
 
 def monte_carlo(returns_B: Tensor, offsets_B1: Tensor, gamma: float) -> Tensor:
-    """γ^(T−1−t)·R for each token: what a critic fits before there are values to bootstrap from; [N] float32."""
+    """Compute γ^(T−1−t)·R for each token, the targets of a critic that has no values yet; [N] float32."""
     owner = owner_of(offsets_B1)
     ahead = (offsets_B1[1:] - 1)[owner] - torch.arange(len(owner), device=owner.device)
     return (gamma ** ahead.double() * returns_B.double()[owner]).float()

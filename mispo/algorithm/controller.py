@@ -16,25 +16,25 @@ NARROWEST, WIDEST = math.log(1.0002), math.log(1.01)
 """Limits of the half-width, in log ratio."""
 
 INERTIA = 0.9
-"""Weight of the half-width before in the new one."""
+"""Weight of the previous half-width in the new one."""
 
 
-def half_width(before: float | None, log_rho: Tensor, target: float) -> float:
-    """b_k = clip(0.9·b_{k−1} + 0.1·Quantile_{A*}(|log ρ̄|), log 1.0002, log 1.01), in log ratio.
+def half_width(previous: float | None, log_rho: Tensor, target: float) -> float:
+    """Compute b_k = clip(0.9·b_{k−1} + 0.1·Quantile_{A*}(|log ρ̄|), log 1.0002, log 1.01), in log ratio.
 
-    before: b_{k−1}, None in the first step, which takes the quantile itself. log_rho: of all ranks; what is not
-    finite counts as infinitely far off. target: A*, the wanted acceptance, in [0, 1].
+    previous: b_{k−1}; None in the first step, which takes the quantile itself. log_rho: of the trajectories of all
+    ranks; a value that is not finite counts as infinitely far off. target: A*, the desired acceptance, in [0, 1].
     """
     distances = log_rho.double().abs().nan_to_num(math.inf, math.inf)
     # "higher": interpolating next to an infinite distance would give NaN.
-    wanted = torch.quantile(distances, target, interpolation="higher").clamp(NARROWEST, WIDEST).item()
-    smoothed = wanted if before is None else INERTIA * before + (1 - INERTIA) * wanted
+    quantile = torch.quantile(distances, target, interpolation="higher").clamp(NARROWEST, WIDEST).item()
+    smoothed = quantile if previous is None else INERTIA * previous + (1 - INERTIA) * quantile
     return min(max(smoothed, NARROWEST), WIDEST)
 
 
 @dataclass
 class QuantileFilter:
-    """The report's token test, and a window exp(±b_k) on trajectories that aims at an acceptance.
+    """The report's token test, and a window exp(±b_k) on trajectories that follows a target acceptance.
 
     target: A* at the first step and from step `target_steps` on, linear in between. by_length: a half-width for each
     bucket of lengths, else one for all. widths (by bucket) and steps are the state that a resumed run continues with.
@@ -59,7 +59,7 @@ class QuantileFilter:
         return window_filter(proposal, self.token_bounds, torch.stack([-widths_B, widths_B], 1).exp())
 
     def state(self) -> dict[str, float]:
-        """What `restore` takes."""
+        """Return what `restore` takes."""
         return {"steps": self.steps} | {f"width/{bucket}": width for bucket, width in self.widths.items()}
 
     def restore(self, state: Mapping[str, float]) -> None:

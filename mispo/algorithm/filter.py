@@ -24,12 +24,12 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the rollout proposes in one step, on this rank.
+    """The samples that the rollout proposes in one step, on this rank.
 
     old_logprobs_N, rollout_logprobs_N: log-probs of the generated tokens. offsets_B1: joins tokens and trajectories.
     position_B: number of each trajectory within the step over all ranks; group_B: number of its prompt, whose
-    trajectories all lie on one rank. seed: of this step's random choices. everyone: [B] of this rank → [total] of
-    all ranks, by position.
+    trajectories all lie on one rank. seed: for the filter's random choices in this step. everyone: [B] of this rank →
+    [total] of all ranks, by position.
     """
 
     old_logprobs_N: Tensor
@@ -53,7 +53,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a filter keeps.
+    """The samples that a filter keeps.
 
     keep_N: [N] bool, the token test. multiplicity_B: [B] int64, how often each trajectory counts (0 = rejected).
     log_rho_B: [B] float64, log of the trajectory ratio. window_B2: [B, 2] float64, the bounds on each trajectory's
@@ -66,19 +66,19 @@ class Selection:
     window_B2: Tensor | None = None
 
     def weights(self, offsets_B1: Tensor) -> Tensor:
-        """Weight of each token in the actor's loss, [N] float32: 0, or its trajectory's multiplicity."""
+        """Return each token's weight in the actor's loss, [N] float32: 0, or its trajectory's multiplicity."""
         return self.keep_N * self.multiplicity_B[owner_of(offsets_B1)].float()
 
 
 class Filter(Protocol):
-    """A filter with its settings."""
+    """A filter with its settings and state."""
 
     def __call__(self, proposal: Proposal) -> Selection:
-        """What it keeps of a step; every rank calls it with its share."""
+        """Select samples of a step; every rank calls it with its own trajectories."""
         ...
 
     def state(self) -> dict[str, float]:
-        """What a resumed run has to `restore`."""
+        """Return what a resumed run has to `restore`."""
         ...
 
     def restore(self, state: Mapping[str, float]) -> None:
@@ -88,7 +88,7 @@ class Filter(Protocol):
 
 @dataclass(frozen=True)
 class FixedFilter:
-    """A filter without memory."""
+    """A filter without state: a function of the proposal."""
 
     select: Callable[[Proposal], Selection]
 
@@ -99,13 +99,13 @@ class FixedFilter:
         return {}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Nothing to restore."""
+        """Do nothing, since there is no state."""
 
 
 def bounds_filter(proposal: Proposal, token_bounds: Bounds, trajectory_bounds: Bounds) -> Selection:
-    """The report's two tests: I(x_t) on tokens and I(ρ̄) on trajectories.
+    """Apply the report's two tests: I(x_t) on tokens and I(ρ̄) on trajectories.
 
-    ρ̄ counts all generated tokens, also those that the token test rejects. A ratio that is no number is rejected.
+    ρ̄ counts all generated tokens, also those that the token test rejects. A ratio that is NaN is rejected.
     Source: report eq. for the MIS-PO loss, §5.2.1.
     """
     window_2 = torch.tensor(trajectory_bounds, dtype=torch.float64, device=proposal.log_rho_B.device)
@@ -113,27 +113,27 @@ def bounds_filter(proposal: Proposal, token_bounds: Bounds, trajectory_bounds: B
 
 
 def window_filter(proposal: Proposal, token_bounds: Bounds, window_B2: Tensor) -> Selection:
-    """`bounds_filter` with bounds of its own for each trajectory, [B, 2] float64."""
+    """Apply the two tests of `bounds_filter` with separate bounds for each trajectory, [B, 2] float64."""
     low_B, high_B = window_B2.log().unbind(1)
     accepted_B = (proposal.log_rho_B >= low_B) & (proposal.log_rho_B <= high_B)
     return Selection(within(proposal.log_x_N, token_bounds), accepted_B.long(), proposal.log_rho_B, window_B2)
 
 
 def token_only(proposal: Proposal, token_bounds: Bounds) -> Selection:
-    """The token test alone; every trajectory counts. Ablation."""
+    """Apply the token test alone; every trajectory counts. Ablation."""
     return Selection(within(proposal.log_x_N, token_bounds), torch.ones_like(proposal.group_B), proposal.log_rho_B)
 
 
 def keep_all(proposal: Proposal) -> Selection:
-    """No filter. Ablation."""
+    """Keep every sample. Ablation."""
     ones_N = torch.ones_like(proposal.log_x_N, dtype=torch.bool)
     return Selection(ones_N, torch.ones_like(proposal.group_B), proposal.log_rho_B)
 
 
 def random_reject(proposal: Proposal, token_bounds: Bounds, trajectory_bounds: Bounds) -> Selection:
-    """As many trajectories as `bounds_filter` accepts over all ranks, but chosen at random; tokens as there.
+    """Keep as many trajectories as `bounds_filter` accepts over all ranks, but choose them at random.
 
-    Control experiment: does it matter *which* trajectories are selected?
+    The token test is that of `bounds_filter`. Control experiment: does it matter *which* trajectories are selected?
     """
     accepted = within(proposal.everyone(proposal.log_rho_B), trajectory_bounds)
     order = torch.randperm(len(accepted), generator=torch.Generator().manual_seed(proposal.seed))
@@ -144,12 +144,12 @@ def random_reject(proposal: Proposal, token_bounds: Bounds, trajectory_bounds: B
 
 
 def metropolis(proposal: Proposal, ratio: str) -> Selection:
-    """The independence chain: one per prompt, over its samples in seeded order, from the first one on.
+    """Run a Metropolis independence chain for each prompt, over its samples in seeded order, starting with the first.
 
     A proposal τ' replaces the current state τ with probability min(1, w(τ')/w(τ)); else the current state repeats, so
     that the multiplicities of a prompt add up to its number of samples. ratio: "trajectory": w = ∏ x_t, for which the
     target π_old is stationary; "mean": w = ρ̄, a heuristic that hardly depends on the length. A sample whose ratio is
-    no number is never accepted. Source: Metropolis–Hastings with an independent proposal.
+    not finite is never accepted. Source: Metropolis–Hastings with an independent proposal.
     """
     sums_B = segment_sum(proposal.log_x_N, proposal.offsets_B1)
     log_w_B = (sums_B if ratio == "trajectory" else proposal.log_rho_B).nan_to_num(-math.inf, -math.inf, -math.inf)
@@ -172,6 +172,6 @@ def metropolis(proposal: Proposal, ratio: str) -> Selection:
 
 
 def within(log_ratio: Tensor, bounds: Bounds) -> Tensor:
-    """Whether a log ratio lies in bounds that are given as ratios; NaN does not."""
+    """Return whether a log ratio lies within bounds, which are ratios and not logs; false for NaN."""
     low, high = (math.log(bound) for bound in bounds)
     return (log_ratio >= low) & (log_ratio <= high)

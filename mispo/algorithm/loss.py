@@ -1,9 +1,9 @@
-"""Losses as sums over a micro-batch: the policy's, the critic's, and what may be added to the policy's.
+"""Losses as sums over a micro-batch: the policy's, the critic's, and terms that may be added to the policy's.
 
 A policy loss takes flat tensors [n] of whole trajectories and the offsets [b+1] that join them, and returns the sum of
-its terms, weighted by weights_n, and the number of weighted tokens at which a clip stops the gradient. Denominators
-are the caller's (objective.py). Where a weight is 0, the gradient is exactly 0 whatever the token's log-prob or
-advantage. x = π_old/π_rollout is the filter's and the correction's business; here r = π_θ/π_old is.
+its terms, weighted by weights_n, and the number of weighted tokens at which a clip stops the gradient. The caller
+divides by a denominator (objective.py). Where a weight is 0, the gradient is exactly 0 for any log-prob and advantage
+of the token. Filter and correction use x = π_old/π_rollout; the losses here use r = π_θ/π_old.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Clip = tuple[float, float]
 def mispo_loss(
     logprobs_n: Tensor, old_logprobs_n: Tensor, advantages_n: Tensor, weights_n: Tensor, offsets_b1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """−Σ weight·Â·log π_θ: the score function, no ratio, no clip (Step 3.5 Flash report §5.2.1)."""
+    """Compute −Σ weight·Â·log π_θ: the score function, without ratio or clip (Step 3.5 Flash report §5.2.1)."""
     kept_n = weights_n > 0
     # Both factors are masked: 0·∞ would be NaN, in the sum or in its gradient.
     coefficients_n = torch.where(kept_n, -weights_n * advantages_n, 0.0)
@@ -44,7 +44,7 @@ def ppo_loss(
     clip: Clip,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """−Σ weight·min(r·Â, clip(r)·Â), and where Â < 0 no more than dual_clip·|Â| per token.
+    """Compute −Σ weight·min(r·Â, clip(r)·Â), and where Â < 0 at most dual_clip·|Â| per token.
 
     Source: PPO (arXiv 1707.06347 eq. 7); different ε on both sides as in DAPO (2503.14476); dual clip 1912.09729.
     """
@@ -62,7 +62,7 @@ def gspo_loss(
     *,
     clip: Clip,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clip on the trajectory ratio s = exp(mean_t log r_t), the same for all of its tokens.
+    """Compute PPO's clipped loss with the trajectory ratio s = exp(mean_t log r_t) for all tokens of a trajectory.
 
     The gradient of token t is s·Â_t·∇log π_θ(a_t), so that advantages may differ within a trajectory. Source: GSPO
     (arXiv 2507.18071), its token form, eq. 13–14.
@@ -84,7 +84,7 @@ def cispo_loss(
     *,
     clip: Clip,
 ) -> tuple[Tensor, Tensor]:
-    """−Σ weight·sg[clip(r)]·Â·log π_θ: the clip bounds the weight of a token, never its gradient to 0.
+    """Compute −Σ weight·sg[clip(r)]·Â·log π_θ: the clip bounds a token's weight and never sets its gradient to 0.
 
     ε_low = 1 means no lower bound. Source: MiniMax-M1 (arXiv 2506.13585 eq. 4–5).
     """
@@ -110,25 +110,27 @@ def _clipped_sum(
 
 
 def no_correction(log_x_N: Tensor) -> Tensor:
-    """Weight 1 for every token."""
+    """Return weight 1 for every token, [N]."""
     return torch.ones_like(log_x_N)
 
 
 def truncated_importance(log_x_N: Tensor, cap: float) -> Tensor:
-    """TIS: min(x, C), x = π_old/π_rollout, [N] (the truncated weight of Ionides 2008, per token). 0 where x is NaN."""
+    """Compute TIS weights min(x, C), x = π_old/π_rollout, [N]; 0 where x is NaN (Ionides 2008, here per token)."""
     capped_N = log_x_N.clamp(max=math.log(cap)).exp()
     return capped_N.nan_to_num(0.0)
 
 
 def icepop(log_x_N: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """IcePop: x inside of the bounds, 0 outside, x = π_old/π_rollout, [N] (Ring-1T report, arXiv 2510.18855)."""
+    """Compute IcePop weights: x = π_old/π_rollout inside the bounds, 0 outside, [N] (Ring-1T, arXiv 2510.18855)."""
     inside_N = within(log_x_N, bounds)
     return torch.where(inside_N, torch.where(inside_N, log_x_N, 0.0).exp(), 0.0)
 
 
 def unbiased_kl(logprobs_n: Tensor, old_logprobs_n: Tensor, reference_logprobs_n: Tensor, weights_n: Tensor) -> Tensor:
-    """Σ weight·(π_θ/π_old)·(q − log q − 1), q = π_ref/π_θ, scalar: unbiased in value and gradient on samples of π_old
-    (Step 3.5 Flash report §5.2.3)."""
+    """Estimate the KL to a reference: Σ weight·(π_θ/π_old)·(q − log q − 1), q = π_ref/π_θ, scalar.
+
+    Unbiased in value and gradient on samples of π_old (Step 3.5 Flash report §5.2.3).
+    """
     kept_n = weights_n > 0
     ratio_n = torch.where(kept_n, logprobs_n - old_logprobs_n, 0.0).exp()
     log_q_n = torch.where(kept_n, reference_logprobs_n - logprobs_n, 0.0)
@@ -143,9 +145,10 @@ def critic_loss(
     denominator: Tensor,
     value_clip: float | None,
 ) -> Tensor:
-    """Σ (V − target)² / denominator over the included tokens, scalar; rejected ones too (ours).
+    """Compute Σ (V − target)² / denominator over the included tokens, scalar.
 
-    value_clip: if given, of V and of V kept within ±value_clip of old_values_n the worse one counts (PPO's value clip).
+    Tokens that the filter rejects count too (ours). value_clip: unless None, the larger of two errors counts, of V and
+    of V limited to old_values_n ± value_clip (PPO's value clip).
     """
     errors_n = (values_n - targets_n).square()
     if value_clip is not None:

@@ -1,4 +1,4 @@
-"""A method: from what a step sampled and scored to what actor and critic learn from it. Pure tensors."""
+"""A method: what actor and critic learn from the samples and scores of a step. Pure tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mispo.algorithm.segments import Reduce, owner_of
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the trajectories of a step ended, on this rank, and what critic and reference say of them.
+    """How the trajectories of a step ended, on this rank, and their scores by critic and reference.
 
     rewards_B, penalties_B ≤ 0, truncated_B, included_B: as in `trainer.batch.Batch`. values_N: V(s_0 … s_{T−1});
     bootstrap_B: V(s_T); both None without a critic. reference_N: log π_ref, None without a KL term. reduce: sum over
@@ -38,7 +38,7 @@ class Outcome:
 class ValueTargets:
     """What the critic learns from, constant over the step; all [N].
 
-    old: V before the step's updates, for the clip. targets: the returns. included: bool; the filter has no say in it.
+    old: V before the step's updates, for the clip. targets: the returns. included: bool, independent of the filter.
     """
 
     old: Tensor
@@ -48,7 +48,7 @@ class ValueTargets:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a step teaches: samples for the actor, values for the critic (None without one), and what was selected.
+    """What a step teaches: samples for the actor, values for the critic (None without one), and the selection.
 
     log_x_N: token ratios log π_old/π_rollout, float64.
     """
@@ -68,12 +68,12 @@ Correction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """What counts, what it is worth, and the loss.
+    """The parts of an RL method: filter, correction, advantage and objective.
 
-    filter: which samples are kept. correct: how they are weighted. advantage, truncation, reward_range: see
-    advantage.py. whitens: whether advantages are scaled over the step (algorithm.whiten). rechecks: whether the filter
-    looks at π_θ before each mini-batch (algorithm.mask_policy=current). learns_truncated: whether the critic's loss
-    has truncated trajectories too. gamma: discount of the critic's pre-training.
+    filter: selects samples. correct: weights them. advantage, truncation, reward_range: see advantage.py. whitens:
+    whether advantages are scaled over the step (algorithm.whiten). rechecks: whether the filter is applied again with
+    π_θ before each mini-batch (algorithm.mask_policy=current). learns_truncated: whether the critic's loss includes
+    truncated trajectories. gamma: discount of the critic's pre-training.
     """
 
     filter: Filter
@@ -114,12 +114,12 @@ class Method:
         return ValueTargets(outcome.values_N, monte_carlo(outcome.rewards_B, offsets_B1, self.gamma), finished_N)
 
     def select(self, proposal: Proposal) -> Selection:
-        """Apply filter and correction; the filter's state moves on with each call."""
+        """Apply filter and correction; each call updates the filter's state."""
         selection = self.filter(proposal)
         return replace(selection, keep_N=selection.keep_N & (self.correct(proposal.log_x_N) > 0))
 
     def weights(self, selection: Selection, log_x_N: Tensor, offsets_B1: Tensor, included_N: Tensor) -> Tensor:
-        """Weigh each token in the policy loss [N]: its multiplicity or 0, times the correction for the mismatch."""
+        """Compute each token's weight in the policy loss, [N]: its multiplicity or 0, times the correction."""
         selected_N = selection.weights(offsets_B1) * included_N
         # Where the filter rejects, a correction may be infinite.
         return selected_N * torch.where(selected_N > 0, self.correct(log_x_N).to(selected_N), 0.0)
@@ -135,7 +135,7 @@ class Method:
 
 
 def with_critic(gamma: float, lam: float, critic_lam: float, bootstraps: bool) -> Advantage:
-    """GAE with λ for the advantages and a λ of the critic for its targets.
+    """Return GAE with `lam` for the advantages and `critic_lam` for the critic's targets.
 
     bootstraps: whether the return of a truncated trajectory is a value one step ahead.
     """
@@ -161,7 +161,7 @@ def _from_critic(
 
 
 def within_group(baseline: str) -> Advantage:
-    """Advantages from the other samples of a prompt; baseline: as in `group_advantages`."""
+    """Return advantages from the other samples of a prompt; baseline: as in `group_advantages`."""
     return partial(_from_group, baseline=baseline)
 
 

@@ -27,7 +27,7 @@ class Samples:
     reference: Tensor | None = None
 
     def at(self, places: Tensor, device: torch.device) -> Samples:
-        """These tokens, in this order, on the device."""
+        """Return the tokens at these places, in this order, on the device."""
         return Samples(
             self.old_logprobs[places].to(device),
             self.advantages[places].to(device),
@@ -37,14 +37,17 @@ class Samples:
         )
 
     def reweighted(self, places: Tensor, weights: Tensor) -> Samples:
-        """The same with other weights at some tokens."""
+        """Return the same samples with other weights at some tokens."""
         return replace(self, weights=self.weights.index_put((places,), weights))
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Denominators of a mini-batch over all ranks. policy: of the policy loss; everything: of KL and entropy, which
-    count rejected tokens too. kept: tokens with a weight."""
+    """Denominators of a mini-batch over all ranks.
+
+    policy: of the policy loss. everything: of KL and entropy, which count rejected tokens too. kept: number of tokens
+    with a weight.
+    """
 
     policy: float
     everything: float
@@ -53,7 +56,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Objective:
-    """L = Σ loss/D + kl·Σ KL/D' − entropy·Σ H/D'.
+    """The actor's loss L = Σ loss/D + kl·Σ KL/D' − entropy·Σ H/D'.
 
     norm: what D counts over the mini-batch and all ranks. "tokens": all included tokens; "accepted": tokens with a
     weight; "sequence": trajectories, each the mean over its tokens; "constant": trajectories times max_tokens.
@@ -71,20 +74,20 @@ class Objective:
         return self.kl > 0 or self.entropy > 0
 
     def scale(self, samples: Samples, offsets_b1: Tensor, count: Callable[[int], int]) -> Scale:
-        """The denominators of a mini-batch. count: sum of an integer over all ranks."""
+        """Compute the denominators of a mini-batch. count: sums an integer over all ranks."""
         kept = count(int((samples.weights > 0).sum()))
         tokens = count(int(samples.included.sum()))
         if self.norm in ("sequence", "constant"):
             trajectories = count(int((segment_sum(samples.included, offsets_b1) > 0).sum()))
             each = float(max(trajectories, 1) * (self.max_tokens if self.norm == "constant" else 1))
             return Scale(each, each, kept)
-        # Where nothing counts the sums are 0, whatever they are divided by.
+        # Where nothing counts, the sums are 0 and the divisor has no effect.
         return Scale(float(max(kept if self.norm == "accepted" else tokens, 1)), float(max(tokens, 1)), kept)
 
     def __call__(
         self, logprobs_n: Tensor, entropy_n: Tensor, samples: Samples, offsets_b1: Tensor, scale: Scale
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the loss, and sums for metrics: clipped, kl_old, kl_ref, tokens."""
+        """Compute a micro-batch's share of the loss, and sums for metrics: clipped, kl_old, kl_ref, tokens."""
         share_n = self._share(offsets_b1).to(logprobs_n)
         total, clipped = self.loss(
             logprobs_n, samples.old_logprobs, samples.advantages, samples.weights * share_n, offsets_b1

@@ -13,10 +13,11 @@ MAGNITUDE = 2 ** (BITS - 1) - 1
 
 
 def quantiles(x_LN: Tensor, shares_C: Tensor, reduce: Reduce) -> Tensor:
-    """Per row and share the largest number that at most this share of the row's values lies below, [L, C] float32.
+    """Compute quantiles of each row over all ranks, [L, C] float32.
 
-    x_LN: this rank's values, taken as float32; N may be 0 and differ between ranks, L not. shares_C: in [0, 1).
-    Without any value on any rank all are NaN. Finds one bit after the other: 33 reductions of at most [L, C].
+    The quantile of a share is the largest number below which at most this share of the row's values lies. x_LN: this
+    rank's values, taken as float32; N may be 0 and differ between ranks, L may not. shares_C: in [0, 1). All quantiles
+    are NaN if no rank has a value. The search goes bit by bit: 33 reductions of at most [L, C].
     """
     rows, device = len(x_LN), x_LN.device
     # Row by row, since a sort takes three times the memory of its values.
@@ -33,6 +34,6 @@ def quantiles(x_LN: Tensor, shares_C: Tensor, reduce: Reduce) -> Tensor:
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """int32 in the order of the float32 values: their bits, mirrored for negative ones. Its own inverse, on bits."""
+    """Map float32 values to int32 in the same order: their bits, mirrored if negative. On bits it inverts itself."""
     bits = x.float().contiguous().view(torch.int32)
     return bits ^ ((bits >> (BITS - 1)) & MAGNITUDE)

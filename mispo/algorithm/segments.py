@@ -15,23 +15,23 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def lengths_of(offsets_B1: Tensor) -> Tensor:
-    """Tokens per trajectory [B] from offsets [B+1]."""
+    """Compute tokens per trajectory [B] from offsets [B+1]."""
     return offsets_B1[1:] - offsets_B1[:-1]
 
 
 def offsets_of(lengths_B: Tensor) -> Tensor:
-    """Offsets [B+1] from tokens per trajectory [B]."""
+    """Compute offsets [B+1] from tokens per trajectory [B]."""
     return torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
 
 
 def bucket_of(lengths_B: Tensor) -> Tensor:
-    """Number of the length bucket of each trajectory, [B] int64."""
+    """Return the number of each trajectory's length bucket, [B] int64."""
     edges = torch.tensor(LENGTH_EDGES[1:], dtype=lengths_B.dtype, device=lengths_B.device)
     return torch.bucketize(lengths_B, edges, right=True)
 
 
 def owner_of(offsets_B1: Tensor) -> Tensor:
-    """Index of the trajectory of each token, [N]."""
+    """Return the index of each token's trajectory, [N]."""
     lengths_B = lengths_of(offsets_B1)
     return torch.repeat_interleave(torch.arange(len(lengths_B), device=offsets_B1.device), lengths_B)
 
@@ -43,12 +43,12 @@ def segment_sum(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
 
 
 def segment_mean(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
-    """Mean over each trajectory's tokens, [B] float64; 0 for an empty trajectory."""
+    """Compute the mean over each trajectory's tokens, [B] float64; 0 for an empty trajectory."""
     return segment_sum(x_N, offsets_B1) / lengths_of(offsets_B1).clamp_min(1)
 
 
 def segment_logsumexp(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
-    """log Σ exp(x) over each trajectory's tokens, [B] float64; −∞ for an empty trajectory."""
+    """Compute log Σ exp(x) over each trajectory's tokens, [B] float64; −∞ for an empty trajectory."""
     owner_N = owner_of(offsets_B1)
     highest_B = torch.full((len(offsets_B1) - 1,), -torch.inf, dtype=torch.float64, device=x_N.device)
     highest_B.scatter_reduce_(0, owner_N, x_N.double(), "amax")

@@ -3,8 +3,8 @@
 log x telescopes into parts, for example stale weights, precision and the rest: log x = Σ_i part_i, token by token. The
 share of part i is Cov(part_i, log x)/Var(log x) over the generated tokens; the shares add up to 1, and one is negative
 where a part cancels others. Each part is also measured with the rollout's routing replayed in the trainer: what then
-vanishes, Cov(part_i − replayed_i, log x)/Var(log x), is mediated by routing. That is a second column about the same
-parts, not another part: staleness and precision act partly *through* the router. Ours.
+vanishes, Cov(part_i − replayed_i, log x)/Var(log x), is mediated by routing. This is a second column about the same
+parts and not another part, since staleness and precision act partly *through* the router. Ours.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Attribution:
     """Mismatch by cause, over the tokens of all ranks.
 
     parts: by name, in the caller's order. mediated, mediated_error: of all parts together. variance: Var(log x), nats².
-    k1, k3: KL(π_rollout ‖ π_old) in nats per token, as in mismatch/k1 and mismatch/k3. tokens: that count;
-    left_out: those with a log x that is not finite. trajectories: with a token that counts. replayed: whether the
-    mediated columns were measured. identical: log x does not vary, so that there are no shares (all NaN). Without a
-    token every number is NaN.
+    k1, k3: KL(π_rollout ‖ π_old) in nats per token, as in mismatch/k1 and mismatch/k3. tokens: how many count;
+    left_out: how many have a log x that is not finite. trajectories: how many have a token that counts. replayed:
+    whether the mediated columns were measured. identical: log x does not vary, so there are no shares (all NaN).
+    Without a token every number is NaN.
     """
 
     parts: Mapping[str, Part]

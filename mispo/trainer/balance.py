@@ -14,7 +14,7 @@ from rollouts.trajectory import Trajectory
 def share_out(
     ranks: Ranks, trajectories: list[Trajectory], prompts: int, each: int, cost: Callable[[int], float]
 ) -> tuple[list[Trajectory], Tensor, dict[str, float]]:
-    """This rank's trajectories of a step from now on, their numbers in the step [B], and metrics.
+    """Balance the ranks' work: return the trajectories of this rank, their numbers in the step [B], and metrics.
 
     trajectories: of this rank's contiguous share of the step's `prompts`, `each` of them for a prompt. A prompt's
     trajectories stay together. cost: of a trajectory, by its number of tokens. perf/balance: mean over largest load.
@@ -37,17 +37,17 @@ def share_out(
 
 
 def balanced(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[int]:
-    """Another owner for as few things as make the largest load small: always from the most to the least loaded."""
+    """Move few items to make the largest load small, always from the most to the least loaded rank; return owners."""
     owners, loads = list(owners), loads_of(costs, owners, ranks)
     while True:
         most, least = loads.index(max(loads)), loads.index(min(loads))
         gap = loads[most] - loads[least]
-        # Nothing so small, or so near to the gap, that rounding would send it to and fro for ever.
+        # Items so small, or so near to the gap, that rounding would move them back and forth for ever do not count.
         low, high = 1e-9 * loads[most], (1 - 1e-9) * gap
         candidates = [i for i, owner in enumerate(owners) if owner == most and low < costs[i] < high]
         if not candidates:
             return owners
-        # The nearest to half of the gap leaves the two as equal as one thing can; each move shrinks Σ load².
+        # The item nearest to half of the gap makes the two loads most equal; each move shrinks Σ load².
         chosen = min(candidates, key=lambda i: abs(costs[i] - gap / 2))
         owners[chosen] = least
         loads[most] -= costs[chosen]
@@ -55,5 +55,5 @@ def balanced(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[
 
 
 def loads_of(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[float]:
-    """Sum of the costs of each rank's things."""
+    """Sum the costs of each rank's items."""
     return [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(ranks)]

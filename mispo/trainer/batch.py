@@ -15,7 +15,7 @@ from model.moe.replay import laid_out
 from rollouts.trajectory import Trajectory
 
 FORWARDS_OF_ONE = 32
-"""An empty micro-batch costs about this part of a full one: what is worth some padding to avoid."""
+"""Empty micro-batches that cost about as much as a full one. So some padding is cheaper than one more micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,14 @@ class Sequences:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(Sequences):
-    """This rank's trajectories of a step, flat; the one place where a trajectory and its numbers stand together.
+    """This rank's trajectories of a step, with their numbers as flat tensors.
 
     N = tokens that are scored: generated ones whose action mask is true. B = trajectories.
-    step: which one; pre-training steps are negative. rewards_B: the verifier's. penalties_B ≤ 0: added for the length.
+    step: its number; pre-training steps are negative. rewards_B: the verifier's. penalties_B ≤ 0: added for the length.
     included_B: false for trajectories that are left out everywhere (aborted, or truncated under `mask`). lags_B: actor
     updates that the weights of each trajectory are behind the trainer's. position_B: number within the step over all
-    ranks; total: how many there are over all ranks. samples_per_prompt: of a prompt the positions follow each other.
+    ranks; total: trajectories of all ranks. samples_per_prompt: trajectories of a prompt, whose positions are
+    consecutive.
     """
 
     step: int
@@ -76,7 +77,7 @@ class Batch(Sequences):
         return self.position_B // self.samples_per_prompt
 
     def everyone(self, x_B: Tensor) -> Tensor:
-        """Put the rows of all ranks together by position: [B, …] of this rank → [total, …]. Collective."""
+        """Gather the rows of all ranks by position: [B, …] of this rank → [total, …]. Collective."""
         return self.ranks.gather(x_B, self.position_B, self.total)
 
     def part(self, members: Sequence[int]) -> Batch:
@@ -99,8 +100,9 @@ class Batch(Sequences):
 class Packing:
     """How trajectories become a batch.
 
-    truncation: algorithm.truncation. samples_per_prompt, prompts_per_step: of all ranks. penalty: added to the return
-    of a completion of so many tokens, ≤ 0. replay: the actor activates the rollout's experts (router.replay=rollout).
+    truncation: algorithm.truncation. samples_per_prompt, prompts_per_step: of all ranks. penalty: tokens of a
+    completion → what is added to its return, ≤ 0. replay: the actor activates the rollout's experts
+    (router.replay=rollout).
     """
 
     truncation: str
@@ -113,13 +115,13 @@ class Packing:
 def pack(
     trajectories: list[Trajectory], positions_B: Tensor, packing: Packing, *, step: int, version: int, ranks: Ranks
 ) -> Batch:
-    """Lay this rank's trajectories out flat.
+    """Build the flat batch of this rank's trajectories.
 
     positions_B: their numbers within the step. version: actor updates so far. ValueError where router.replay needs
     experts that were not recorded.
     """
     if packing.replay and any(t.routed_experts is None for t in trajectories):
-        raise ValueError("router.replay: rollout, but these trajectories come without the experts of the rollout")
+        raise ValueError("router.replay: rollout, but these trajectories have no record of the rollout's experts")
     scored = [t.action_mask.nonzero()[:, 0] for t in trajectories]
     logprobs = [t.rollout_logprobs[at] for t, at in zip(trajectories, scored, strict=True)]
     masked = packing.truncation == "mask"
@@ -145,16 +147,16 @@ def pack(
 
 
 def sequences(ids: list[Tensor], columns: list[Tensor]) -> Sequences:
-    """Return token sequences that are only computed, read at these columns."""
+    """Build token sequences without trajectories, read at these columns."""
     lengths = torch.tensor([len(c) for c in columns], dtype=torch.int64)
     return Sequences(ids=ids, columns=columns, offsets_B1=offsets_of(lengths))
 
 
 def minibatches(batch: Batch, parts: int, seed: int) -> list[list[int]]:
-    """This rank's members of each mini-batch: a seeded permutation of all trajectories, cut into near-equal parts.
+    """Cut a seeded permutation of all trajectories into near-equal mini-batches; return this rank's members of each.
 
-    Neither the number of ranks nor the micro-batches change which trajectories meet. ValueError if there are
-    more parts than trajectories.
+    Neither the number of ranks nor the micro-batches change which trajectories share a mini-batch. ValueError if there
+    are more parts than trajectories.
     """
     if parts > batch.total:
         raise ValueError(f"{parts} mini-batches, but only {batch.total} trajectories in a step")
@@ -185,10 +187,10 @@ class Layout:
     def input(
         self, batch: Sequences, members: Sequence[int], device: torch.device, *, last: bool = False
     ) -> ModelInput:
-        """A micro-batch for the model; padding exists only here.
+        """Lay out a micro-batch for the model; padding exists only here.
 
         last: read at each trajectory's last token (the state s_T) and not at its scored tokens. An empty micro-batch
-        becomes one pad token of which nothing is read: other ranks wait for its forward.
+        becomes one pad token whose output is not read, since other ranks wait for its forward.
         """
         ids = [batch.ids[b] for b in members] or [torch.zeros(1, dtype=torch.int64)]
         columns = [torch.tensor([len(batch.ids[b]) - 1]) if last else batch.columns[b] for b in members]
@@ -206,7 +208,7 @@ class Layout:
             widths = lengths.tolist() if self.packed else [padded.shape[1]] * len(ids)
             replay = laid_out([batch.experts[b] for b in members], widths, device)
         if not self.packed:
-            # Nothing real ever sees what is on its right: causal attention needs no mask for the padding.
+            # Padding is on the right, where causal attention does not look: it needs no mask.
             return ModelInput(
                 padded.to(device),
                 rows.to(device),
@@ -230,7 +232,7 @@ class Layout:
 
 
 def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Places in `lengths` for rows of at most `tokens` (or one length), each in the first row with room for it."""
+    """Pack `lengths` into rows of at most `tokens` (or one length), each into the first row with room; by index."""
     parts: list[list[int]] = []
     room: list[int] = []
     for i, length in enumerate(lengths):
@@ -245,9 +247,9 @@ def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def least_padding(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Cut falling `lengths` into runs of at most `tokens`, each as wide as its first one (or one length alone).
+    """Cut descending `lengths` into runs of at most `tokens`, each as wide as its first length (or one length alone).
 
-    Of all such cuts one with the least padded tokens, a further run counting as much as `tokens` / FORWARDS_OF_ONE.
+    The cut has the fewest padded tokens, where each run counts as `tokens` / FORWARDS_OF_ONE more.
     """
     count = len(lengths)
     best = torch.full((count + 1,), float("inf"), dtype=torch.float64)
@@ -268,11 +270,12 @@ def least_padding(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """ids [b, S]; where to read, in flat token order: rows [n], columns [n], and the tokens that follow: targets [n].
+    """The input of a forward, and where its outputs are read.
 
-    positions [1, S]: of packed trajectories, 0 where one begins; by them transformers keeps them apart in attention,
-    windows included. None: each row is one trajectory. lengths: of the trajectories, in tokens. replay: the experts
-    [L, b·S, k] for the actor's routers and the tokens that have some, [b·S] bool; None = free choice.
+    ids [b, S]. rows, columns [n]: where outputs are read, in flat token order. targets [n]: the tokens that follow.
+    positions [1, S]: of packed trajectories, 0 where one begins; transformers separates trajectories in attention by
+    them, sliding windows included. None: each row is one trajectory. lengths: of the trajectories, in tokens. replay:
+    the experts [L, b·S, k] for the actor's routers, and the tokens that have some, [b·S] bool; None = free choice.
     """
 
     ids: Tensor

@@ -96,20 +96,20 @@ class TrainEngine(Generic[M]):
         return cast(M, self.engine.module)
 
     def forward(self, x: ModelInput, *args: Any) -> Any:
-        """The module's forward, through DeepSpeed."""
+        """Run the module's forward, through DeepSpeed."""
         self.flops.add(x.lengths, backward=torch.is_grad_enabled())
         return self.engine(x, *args)
 
     def eval(self) -> None:
-        """Dropout off."""
+        """Switch dropout off."""
         self.engine.eval()
 
     def update(self, losses: Sequence[Callable[[], Tensor]], *, partial: bool = False) -> Update:
-        """One optimizer update over micro-batches; every rank passes the same number of them.
+        """Make one optimizer update over micro-batches; every rank passes the same number of them.
 
         Each callable computes a micro-batch's share of the loss (a sum over a denominator of all ranks). A
         gradient that is not finite never reaches the parameters; RuntimeError after `max_skipped` in a row.
-        partial: terms of the loss are missing, so that parameters without a gradient mean nothing.
+        partial: terms of the loss are missing, so parameters without a gradient are no fault.
         """
         self.engine.train()
         lr = self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
@@ -142,7 +142,7 @@ class TrainEngine(Generic[M]):
 
     def _step(self) -> tuple[float, bool]:
         if self.engine.zero_optimization_stage() == 0:
-            # Here DeepSpeed would let a NaN through.
+            # DeepSpeed does not check for NaN at stage 0.
             grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
             if not torch.isfinite(torch.tensor(norm)):
@@ -156,7 +156,7 @@ class TrainEngine(Generic[M]):
         return (float(self.engine.get_global_grad_norm()) if applied else float("nan")), applied
 
     def _check_all_learn(self) -> None:
-        """RuntimeError if the updates so far had no gradient for a trainable tensor: it would never learn anything."""
+        """Raise RuntimeError if a trainable tensor had no gradient in the updates so far: it would never learn."""
         learning: dict[str, bool] = {}
         for key, state in self.states.read().items():
             name = key.rpartition(".")[0]
@@ -166,8 +166,8 @@ class TrainEngine(Generic[M]):
             shown = ", ".join(still[:5]) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
             raise RuntimeError(
                 f"{self.name}: {len(still)} of {len(learning)} trainable tensors had no gradient in the first updates: "
-                f"{shown}. They belong to parts of the model that are not used, or the sharding loses them; if that is "
-                "meant, set trainer.all_must_learn=false"
+                f"{shown}. They belong to parts of the model that are not used, or the sharding loses them; if this is "
+                "intended, set trainer.all_must_learn=false"
             )
 
     def _count(self, applied: bool) -> None:
@@ -180,7 +180,7 @@ class TrainEngine(Generic[M]):
             raise RuntimeError(
                 f"{self.name}: {self._skipped_in_a_row} updates in a row had a gradient that is not finite; "
                 f"lower trainer.{self.name}_lr, or look for NaN in the rewards (trainer.max_skipped_updates); "
-                "the step's batch is there for `mispo train --rollouts RUN/rollouts/step_N.parquet`"
+                "to train on the step's batch again: `mispo train --rollouts RUN/rollouts/step_N.parquet`"
             )
 
 
@@ -189,9 +189,9 @@ def start_ranks(config: TrainerConfig, optimizer: OptimizerPart) -> tuple[Accele
     prepare_environment(config, optimizer)
     for name in ("DeepSpeed", "accelerate.accelerator"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed's calls, on every rank; nothing that a user could change.
+    # DeepSpeed makes these calls on every rank; a user cannot change them.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On CPU DeepSpeed would compile an all-reduce of its own at every first start; gloo does the work here.
+    # On CPU DeepSpeed would compile its own all-reduce at the first start; gloo does the work here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugins = {name: DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, optimizer)) for name in ("actor", "critic")}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -201,7 +201,7 @@ def start_ranks(config: TrainerConfig, optimizer: OptimizerPart) -> tuple[Accele
         deepspeed_plugins=plugins,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
     )
-    # Or transformers would load models partitioned under ZeRO-3; the rollout engine copies them whole first.
+    # Otherwise transformers loads models partitioned under ZeRO-3; the rollout engine copies them whole first.
     unset_hf_deepspeed_config()
     return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
@@ -215,9 +215,10 @@ def build_engines(
     optimizer: OptimizerPart,
     flops: Mapping[str, ForwardFlops],
 ) -> tuple[TrainEngine[ActorModule], TrainEngine[CriticModule] | None]:
-    """Put both modules, on this rank's device and equal on all ranks, under DeepSpeed; some methods have no critic.
+    """Put both modules under DeepSpeed.
 
-    flops: of a forward of each, by name.
+    actor, critic: on this rank's device and equal on all ranks; critic is None for methods without one. flops: of a
+    forward of each, by name.
     """
 
     def build(name: str, module: M, lr: float, warmup: int) -> TrainEngine[M]:
@@ -236,9 +237,9 @@ def build_engines(
 
 
 def gather_moe_layers_whole(module: nn.Module) -> list[str]:
-    """Let ZeRO-3 gather a MoE layer with all its experts at once; returns the layers' names.
+    """Let ZeRO-3 gather a MoE layer with all its experts at once; return the layers' names.
 
-    Else ranks whose tokens go to different experts would wait for each other in different places (DeepSpeed#7461).
+    Otherwise ranks whose tokens go to different experts wait for each other in different places (DeepSpeed#7461).
     """
     names = [router.name.rpartition(".")[0] for router in find_routers(module)]
     classes = {type(module.get_submodule(name)) for name in names}
@@ -248,10 +249,10 @@ def gather_moe_layers_whole(module: nn.Module) -> list[str]:
 
 
 def deepspeed_config(config: TrainerConfig, optimizer: OptimizerPart) -> dict[str, Any]:
-    """DeepSpeed's JSON, with the user's file (trainer.deepspeed) merged in.
+    """Build DeepSpeed's JSON, with the user's file (trainer.deepspeed) merged in.
 
-    Accumulation is steered by `TrainEngine.update`, so it is 1 here. ValueError for a file that does not read, or that
-    sets what a field of mispo decides.
+    `TrainEngine.update` controls accumulation, so it is 1 here. ValueError for a file that cannot be read, or that sets
+    a key which a field of mispo decides.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload != "none":
@@ -275,9 +276,9 @@ def _user_json(path: str) -> dict[str, Any]:
     try:
         own = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"trainer.deepspeed: {path!r} does not read as JSON ({error})") from error
+        raise ValueError(f"trainer.deepspeed: {path!r} cannot be read as JSON ({error})") from error
     if not isinstance(own, dict):
-        raise ValueError(f"trainer.deepspeed: {path!r} is no JSON object")
+        raise ValueError(f"trainer.deepspeed: {path!r} is not a JSON object")
     keys = [*own, *(f"zero_optimization.{key}" for key in own.get("zero_optimization", {}))]
     for key in keys:
         if key in DECIDED_BY:
@@ -286,7 +287,7 @@ def _user_json(path: str) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` wins, object by object."""
+    """Merge `own` into `base`, object by object; `own` wins."""
     both = {
         key: _merged(base[key], value) if isinstance(base.get(key), dict) and isinstance(value, dict) else value
         for key, value in own.items()

@@ -1,4 +1,4 @@
-"""Old weights on purpose: sample from the policy of some updates ago, to study off-policy training."""
+"""Old weights, so that rollouts can lag behind the trainer on purpose, to study off-policy training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class WeightHistory:
-    """Snapshots of the policy by version (actor optimizer updates), kept as long as they can be asked for.
+    """Snapshots of the policy by version (actor optimizer updates), kept as long as `stale` may return them.
 
     lag: updates that the rollout weights are behind, ≥ 0. Snapshots lie in CPU memory.
     """
@@ -25,11 +25,11 @@ class WeightHistory:
 
     @property
     def snapshots(self) -> dict[int, dict[str, Tensor]]:
-        """Weights by version, oldest first; to be saved with a checkpoint and pushed again."""
+        """Weights by version, oldest first, as a checkpoint saves them."""
         return dict(self._snapshots)
 
     def push(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        """Copy the weights after `version` updates; versions rise. Drops what no later call can return."""
+        """Copy the weights after `version` updates, and drop what no later call can return; versions must rise."""
         assert not self._snapshots or version > self.versions[-1], "versions must rise"
         self._snapshots[version] = {
             name: torch.empty_like(tensor, device="cpu").copy_(tensor.detach()) for name, tensor in weights.items()
@@ -38,8 +38,10 @@ class WeightHistory:
         self._snapshots = {held: kept for held, kept in self._snapshots.items() if held >= chosen}
 
     def stale(self) -> tuple[int, dict[str, Tensor]]:
-        """(version, weights): the newest snapshot at least `lag` updates older than the last pushed,
-        the oldest held while none is old enough."""
+        """Return (version, weights) of the newest snapshot at least `lag` updates older than the last one.
+
+        The oldest snapshot, if none is old enough.
+        """
         assert self._snapshots, "push the initial weights first"
         chosen = self._chosen()
         return chosen, self._snapshots[chosen]

@@ -1,4 +1,4 @@
-"""The learner: actor, critic and reference of a run, and what a step does with them."""
+"""The learner: actor, critic and reference of a run, and their work in a step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Updates:
 class Learner:
     """Scores batches and updates the models; all methods are collective.
 
-    critic: None where a method has none, or has its values in the actor's trunk. reference: None without a KL term.
+    critic: None if a method has no critic, or a value head on the actor's trunk. reference: None without a KL term.
     publisher: None where nothing is sampled. replays_old: whether updates activate the experts of π_old
     (router.replay=old). critic_only_steps: first steps in which the actor stays as it is. bias_rate:
     router.bias_update_rate, 0 = off; num_experts: of a MoE layer.
@@ -109,7 +109,7 @@ class Learner:
         return update_critic(self.critic, batch, targets, self.settings)
 
     def update_actor(self, batch: Batch, scores: Scores, targets: Targets, method: Method) -> list[Update | None]:
-        """Update the actor with what was selected, each sample once, and the balance of its experts."""
+        """Update the actor on the selected samples, each once, and the selection bias of its experts."""
         updates: list[Update | None] = []
         if batch.step > self.critic_only_steps:
             for update in actor_updates(self.actor, batch, targets, method, self.settings):
@@ -122,11 +122,11 @@ class Learner:
         return updates
 
     def due_weights(self) -> Weights | None:
-        """Return what the sampler has to publish; None where nothing is sampled."""
+        """Return the weights that the sampler has to publish; None where nothing is sampled."""
         return self.publisher.due() if self.publisher else None
 
     def state(self) -> dict[str, int]:
-        """Return the counters that `restore` takes; the tensors are trainer/checkpoint's."""
+        """Return the counters that `restore` takes; trainer/checkpoint saves the tensors."""
         return {"actor_updates": self.actor.updates, "critic_updates": self.critic.updates if self.critic else 0}
 
     def restore(self, state: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class LogprobHead(nn.Module):
-    """The output embeddings of a policy, read as log-probs of given tokens.
+    """Output embeddings of a policy, which return log-probs of target tokens.
 
     head: a linear layer that stays where it is in the policy. dtype: of the product with its weight; all else is
     float32. entropy_gradient: whether the entropy has one.
@@ -26,7 +26,7 @@ class LogprobHead(nn.Module):
         self.entropy_gradient = entropy_gradient
 
     def forward(self, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """log π(target) and entropy under softmax(logits / temperature); both [n] float32."""
+        """Compute log π(target) and entropy under softmax(logits / temperature); both [n] float32."""
         (head,) = self._head
         chunk = max(1, CHUNK_BYTES // (4 * head.out_features))
         return chunked_logprobs(
@@ -43,7 +43,7 @@ def chunked_logprobs(
     chunk: int,
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of targets_n and entropies under softmax((hidden·Wᵀ + bias)/temperature), both [n] float32.
+    """Compute log-probs of targets_n and entropies under softmax((hidden·Wᵀ + bias)/temperature), both [n] float32.
 
     The products run in the dtype of hidden_nH, `chunk` tokens at a time, and once more in the backward pass.
     """

@@ -23,7 +23,7 @@ BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 
 MOMENTUM = 0.95
-"""Muon's, with Nesterov's look-ahead."""
+"""Momentum of Muon, with Nesterov's look-ahead."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's states."""
@@ -35,8 +35,8 @@ MOMENTUM_BUFFER = ("momentum_buffer",)
 def build_optimizer(module: nn.Module, chosen: OptimizerPart) -> torch.optim.Optimizer:
     """Build the chosen optimizer, with learning rate 0.
 
-    Each group's `lr_scale` is the factor on the learning rate that belongs to it; each parameter's `optimizer_states`
-    are the names of its states, for checkpoints.
+    Each group's `lr_scale` multiplies its learning rate; each parameter's `optimizer_states` are the names of its
+    states, for checkpoints.
     """
     for parameter in _trained(module).values():
         parameter.optimizer_states = MOMENTS  # type: ignore[attr-defined]
@@ -46,33 +46,33 @@ def build_optimizer(module: nn.Module, chosen: OptimizerPart) -> torch.optim.Opt
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
     assert isinstance(chosen, Muon), f"no optimizer is built for {chosen.name}"
-    # Here: it takes two seconds to import.
+    # Imported here, since it takes two seconds.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam(_muon_groups(module, chosen.weight_decay))
 
 
 def zero_options(chosen: OptimizerPart, stage: int) -> dict[str, bool]:
-    """Return what DeepSpeed's `zero_optimization` needs besides for this optimizer."""
+    """Return the further keys of DeepSpeed's `zero_optimization` that this optimizer needs."""
     if isinstance(chosen, Muon) and stage == 3:
         return {"reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
     return {}
 
 
 def _adam_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices (and stacks of them); none on norms, biases."""
+    """Build groups with decay on matrices (and stacks of them), and without decay on norms and biases."""
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Muon for the matrices of hidden layers, each slice of a stack [experts, out, in] a matrix of its own; AdamW for
-    embeddings, output heads, norms and biases.
+    """Build groups of Muon for the matrices of hidden layers, and of AdamW for the rest.
 
-    A matrix [out, in] moves by lr · 0.2 · √max(out, in) times an orthogonal one, whose entries then have the size of an
+    Each slice of a stack [experts, out, in] is a matrix; the rest are embeddings, output heads, norms and biases. A
+    matrix [out, in] moves by lr · 0.2 · √max(out, in) times an orthogonal one, whose entries then have the size of an
     AdamW update (Moonlight, arXiv 2502.16982), so both kinds share a learning rate. DeepSpeed multiplies by
-    √max(1, out/in): the rest is in `lr_scale`, one group for each shape.
+    √max(1, out/in); `lr_scale` has the remaining factor, so there is one group for each shape.
     """
     shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
@@ -119,11 +119,11 @@ class OptimizerStates:
         self.stage = engine.zero_optimization_stage()
 
     def names(self) -> set[str]:
-        """Of all states that there are after an update."""
+        """Return the names of all states that exist after an update."""
         return {f"{name}.{state}" for name, p in _trained(self.engine.module).items() for state in states_of(p)}
 
     def read(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """All states, on the CPU; {} on a rank that does not keep them and only helps to gather."""
+        """Return all states, on the CPU; {} on a rank that only helps to gather them (keep=False)."""
         self._link()
         states: dict[str, Tensor] = {}
         sliced = self._muon_slices()
@@ -140,7 +140,7 @@ class OptimizerStates:
         return states
 
     def write(self, states: dict[str, Tensor], updates: int) -> None:
-        """Continue from states that `read` has given, after so many updates; the optimizer has its states already."""
+        """Load the states that `read` returned after so many updates; the optimizer must have allocated its states."""
         self._link()
         sliced = self._muon_slices()
         for name, parameter in _trained(self.engine.module).items():
@@ -152,7 +152,7 @@ class OptimizerStates:
                     if id(parameter) in sliced:
                         sliced[id(parameter)].copy_(value.flatten())
                 elif self.stage == 3:
-                    # The last partitions are padded, which DeepSpeed's setting of a whole state does not know.
+                    # The last partitions are padded, which DeepSpeed's function for whole states does not handle.
                     each = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # of ZeRO-3
                     padded = nn.functional.pad(value.flatten(), (0, each * self.ranks.size - value.numel()))
                     mine = padded[each * self.ranks.rank : each * (self.ranks.rank + 1)]
@@ -162,7 +162,7 @@ class OptimizerStates:
         self.set_step(updates)
 
     def set_step(self, updates: int) -> None:
-        """Let the optimizer believe that it has made so many updates (Adam's bias correction depends on it)."""
+        """Set the optimizer's number of updates (Adam's bias correction depends on it)."""
         optimizer = self.engine.optimizer.optimizer if self.stage else self.engine.optimizer
         for state in optimizer.state.values():
             if "step" in state:
@@ -179,9 +179,10 @@ class OptimizerStates:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _muon_slices(self) -> dict[int, Tensor] | None:
-        """Under ZeRO 1 and 2 this rank's momenta, flat, by id of their parameter; None elsewhere.
+        """Return this rank's momenta under ZeRO 1 and 2, flat, by id of their parameter; None elsewhere.
 
-        There DeepSpeed keeps the whole momentum of every matrix of which a rank has a part, one after the other.
+        At these stages DeepSpeed keeps the whole momentum of every matrix of which a rank has a part, one after the
+        other.
         """
         zero = self.engine.optimizer
         if self.stage not in (1, 2) or not any(group.get("use_muon") for group in zero.param_groups):
@@ -196,7 +197,7 @@ class OptimizerStates:
         return slices
 
     def _gather_slice(self, parameter: nn.Parameter, slices: dict[int, Tensor]) -> Tensor:
-        """The whole momentum, from the first rank that has it."""
+        """Return the whole momentum, from the first rank that has it."""
         mine = slices.get(id(parameter))
         owner = -int(self.ranks.max(torch.tensor(-self.ranks.rank if mine is not None else -self.ranks.size)))
         if mine is None or owner != self.ranks.rank:

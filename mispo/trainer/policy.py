@@ -23,23 +23,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on CUDA, fp32 on CPU."""
+    """Return the dtype of a name; "auto" is bf16 on CUDA and fp32 on CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Compute in `dtype` over float32 parameters; routers and value head switch it off for themselves."""
+    """Return a context that computes in `dtype` over float32 parameters; routers and value head switch it off."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 class ActorModule(nn.Module):
-    """The policy, read as log-probs at chosen positions; their logits never exist as a whole.
+    """The policy, which returns log-probs at chosen positions without ever holding all logits.
 
     entropy_gradient: whether the entropy is part of a loss; else it has no gradient. value_head: of a critic that
     shares the policy's trunk. replays: whether the routers of a MoE activate the experts that come with the input.
-    drafts: whether the heads that draft further tokens are computed too; the policy never feels them.
+    drafts: whether the heads that draft further tokens are computed too; the policy gets no gradient from them.
     """
 
     def __init__(
@@ -63,10 +63,12 @@ class ActorModule(nn.Module):
         self.drafts = nn.ModuleList(LogprobHead(head.head, dtype, entropy_gradient=False) for head in heads)
 
     def forward(self, x: ModelInput, temperature: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """log π(target) under softmax(logits/temperature), entropy, V with a value head, −log of what the draft heads
-        gave to the tokens after the target (mean over heads; 0 past the end), at (row, column); [n] fp32.
+        """Compute log-probs, entropies, values and draft losses at (row, column), each [n] fp32.
 
-        With fewer targets than rows, only V is read at the others.
+        Log-probs log π(target) and entropies are those of softmax(logits/temperature). V is None without a value head.
+        The draft loss is −log of the probability that the draft heads give to the tokens after the target, as a mean
+        over heads, and 0 past the end; None without drafts or gradients. With fewer targets than rows, only V is read
+        at the others.
         """
         if self.replay:
             self.replay.set(*x.replay or (None, None))
@@ -77,14 +79,14 @@ class ActorModule(nn.Module):
         hidden_nH = hidden[x.rows, x.columns]
         logprobs_n, entropy_n = self.logprobs(hidden_nH[: len(x.targets)], x.targets, temperature)
         values_n = self.value_head(hidden_nH) if self.value_head else None
-        # Nobody learns from a score.
+        # Scoring without gradients needs no draft loss.
         drafts_n = self._drafts(x, states[0].detach()) if states is not None and torch.is_grad_enabled() else None
         return logprobs_n, entropy_n, values_n, drafts_n
 
     def _drafts(self, x: ModelInput, hidden_BSH: Tensor) -> Tensor:
         trunk, count = self.policy.get_decoder(), len(x.targets)
         rows, columns = x.rows[:count], x.columns[:count]
-        # Through every head, also on a rank with nothing but a pad token: under ZeRO-3 the ranks wait for each other.
+        # Every head runs, even on a rank with only a pad token: under ZeRO-3 the ranks wait for each other.
         more = max(0, len(self.drafts) + 2 - x.ids.shape[1])
         hidden_BSH, embeds_BSH = (
             nn.functional.pad(part, (0, 0, 0, more)) for part in (hidden_BSH, trunk.embed_tokens(x.ids).detach())
@@ -103,33 +105,33 @@ class ActorModule(nn.Module):
 
 
 def checkpoint_layers(model: PreTrainedModel, zero_stage: int) -> None:
-    """Keep only the layers' inputs for the backward pass. ValueError for a model that does not offer it."""
+    """Keep only the layers' inputs for the backward pass. ValueError for a model that does not support it."""
     if not model.supports_gradient_checkpointing:
-        raise ValueError(f"trainer.gradient_checkpointing: {type(model).__name__} does not offer it; set it to false")
-    # Re-entrant under ZeRO-3: else torch compares the shapes of weights that are partitioned in between, and fails.
+        raise ValueError(f"trainer.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
+    # Re-entrant under ZeRO-3: otherwise torch fails as it compares shapes of weights that were partitioned meanwhile.
     model.gradient_checkpointing_enable({"use_reentrant": zero_stage == 3})
 
 
 class Reference:
-    """A frozen policy that the actor is held near to: a whole copy on every rank, no optimizer, no gradients."""
+    """The frozen policy of the KL term: a whole copy on every rank, without optimizer or gradients."""
 
     def __init__(self, module: ActorModule, ranks: Ranks) -> None:
         self.module = module.requires_grad_(False)
         self.ranks = ranks
 
     def forward(self, *args: Any) -> Any:
-        """As `ActorModule.forward`."""
+        """Run `ActorModule.forward`."""
         return self.module(*args)
 
     def eval(self) -> None:
-        """Dropout off."""
+        """Switch dropout off."""
         self.module.eval()
 
 
 def copy_of(
     policy: PreTrainedModel, weights: Mapping[str, Tensor], device: torch.device, attention: str
 ) -> PreTrainedModel:
-    """Return a model of the policy's shape with these weights, in float32; the run's random numbers are not touched."""
+    """Build a model of the policy's shape with these weights, in float32; the run's random state does not change."""
     shape = copy.deepcopy(policy.config)
     shape._attn_implementation = attention
     with torch.random.fork_rng(), torch.device(device):
@@ -140,7 +142,7 @@ def copy_of(
 
 
 class CriticModule(nn.Module):
-    """The critic under the trainer's precision."""
+    """The critic, computed in the trainer's precision."""
 
     def __init__(self, critic: Critic, dtype: torch.dtype) -> None:
         super().__init__()
@@ -148,6 +150,6 @@ class CriticModule(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: ModelInput) -> Tensor:
-        """V at (row, column), [n] fp32. Sampling temperature has no business here."""
+        """Compute V at (row, column), [n] fp32; the sampling temperature has no effect."""
         with autocast(x.ids.device, self.dtype):
             return self.critic(x.ids, x.rows, x.columns, x.positions)

@@ -1,4 +1,4 @@
-"""The policy's weights by name, on any ZeRO stage, and what goes to the rollout engine with them as proof."""
+"""The policy's weights by name, on any ZeRO stage, and the log-probs that prove their arrival in the engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 def full_weights(engine: TrainEngine[Any], module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Return the state_dict of a module of this engine; collective. Under ZeRO-3 gathered one by one, on the CPU.
 
-    keep: whether this rank wants it, or only helps the others; then the tensors have no values.
+    keep: whether this rank keeps the values, or only helps the others to gather them.
     """
     weights = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     if engine.engine.zero_optimization_stage() < 3:
@@ -41,12 +41,12 @@ def policy_weights(actor: TrainEngine[ActorModule]) -> Mapping[str, Tensor]:
 
 
 class Publisher:
-    """Decides which weights the rollout engine gets, and says what log-probs it has to find under them.
+    """Decides which weights the rollout engine gets, and which log-probs it must compute with them.
 
-    A sync that silently does nothing is the field's worst bug. So the trainer's log-probs of a few fixed texts travel
-    with the weights, and the sampler compares them with the engine's. history: old weights, where rollouts lag
-    (rollout.lag). probe: some token sequences [S], S ≥ 2, the same on all ranks. packed: whether the trainer packs them
-    (`Layout`). convert: into the precision in which old weights are kept.
+    An engine can silently keep its old weights. So the trainer's log-probs of a few fixed texts go with the weights,
+    and the sampler compares them with the engine's. history: old weights, where rollouts lag (rollout.lag). probe: some
+    token sequences [S], S ≥ 2, the same on all ranks. packed: whether the trainer packs them (`Layout`). convert: into
+    the precision in which old weights are kept.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Publisher:
         self._expected: dict[int, list[Tensor]] = {}
 
     def record(self) -> None:
-        """Keep the current weights, if the engine is going to see them later; collective."""
+        """Keep the current weights, if the engine will sample from them later; collective."""
         if self.history.lag:
             self.history.push(self.actor.updates, self.convert(policy_weights(self.actor)))
             self._expect()
 
     def due(self) -> Weights:
-        """Return the weights that the engine is to sample from now; collective."""
+        """Return the weights that the engine has to sample from now on; collective."""
         if not self.history.lag:
             self._expect()
         version, weights = self.sampled()
@@ -82,15 +82,15 @@ class Publisher:
         return Weights(version, weights, self._pairs, self._expected[version])
 
     def sampled(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Return (version, weights) that are due, as exactly as they are known; collective."""
+        """Return (version, weights) that are due, old ones in the precision in which they are kept; collective."""
         return self.history.stale() if self.history.lag else (self.actor.updates, policy_weights(self.actor))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that `restore` takes, by name: VERSION/parameter and VERSION/probe/number."""
-        found = {f"{version}/{name}": t for version, held in self.history.snapshots.items() for name, t in held.items()}
+        saved = {f"{version}/{name}": t for version, held in self.history.snapshots.items() for name, t in held.items()}
         for version in self.history.versions:
-            found |= {f"{version}/probe/{i}": t for i, t in enumerate(self._expected[version])}
-        return found
+            saved |= {f"{version}/probe/{i}": t for i, t in enumerate(self._expected[version])}
+        return saved
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue with the old weights of a checkpoint."""

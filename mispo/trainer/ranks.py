@@ -1,4 +1,4 @@
-"""The few things that processes say to each other."""
+"""Ranks: their collective operations, and the environment variables with which they start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is. Collectives run on `device`; with one process they cost nothing."""
+    """The rank of this process, and collectives. They run on `device`; with one process they cost nothing."""
 
     rank: int
     size: int
@@ -35,11 +35,11 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, the same on each."""
+        """Sum a tensor over all ranks; the result is the same on each."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Element-wise maximum over all ranks."""
+        """Return the element-wise maximum over all ranks."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
@@ -50,25 +50,25 @@ class Ranks:
         return shared.to(tensor.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any rank."""
+        """Return whether the flag is true on any rank."""
         return bool(self.max(torch.tensor(int(flag))))
 
     def count(self, number: int) -> int:
-        """Sum of an integer over all ranks."""
+        """Sum an integer over all ranks."""
         return int(self.sum(torch.tensor(number, dtype=torch.int64)))
 
     def gather(self, x_B: Tensor, positions_B: Tensor, total: int) -> Tensor:
-        """Put each rank's rows at their global positions, [total, …]; the rows of all ranks together are all."""
+        """Put each rank's rows at their global positions, [total, …]; the ranks together must have all rows."""
         everyone = torch.zeros((total, *x_B.shape[1:]), dtype=x_B.dtype, device=x_B.device)
         everyone[positions_B] = x_B
         return self.sum(everyone)
 
     def share(self, count: int) -> range:
-        """The part of `count` items that this rank works on: contiguous, near-equal."""
+        """Return the part of `count` items that this rank works on: contiguous, near-equal."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def agree(self, value: T) -> T:
-        """The first rank's value, on all."""
+        """Return the first rank's value on all ranks."""
         if self.size == 1:
             return value
         box = [value]
@@ -76,7 +76,7 @@ class Ranks:
         return box[0]
 
     def concatenate(self, items: list[T]) -> list[T]:
-        """The items of all ranks, those of the first one first; the same list on each."""
+        """Return the items of all ranks, in the order of the ranks; the same list on each."""
         if self.size == 1:
             return items
         boxes: list[list[T]] = [[] for _ in range(self.size)]
@@ -88,40 +88,39 @@ class Ranks:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the process group of a run that went well; left to the interpreter's exit, gloo may abort there."""
+        """End the process group after a successful run; gloo may abort if the interpreter's exit has to end it."""
         self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def max_memory_gb(device: torch.device) -> float:
-    """High-water mark of this process, GiB: of the accelerator's memory, or of the resident set."""
+    """Return the peak memory of this process, GiB: of the accelerator's memory, or of the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def prepare_environment(config: TrainerConfig, optimizer: OptimizerPart) -> None:
-    """Fill in what launchers set, so that one process alone starts the same way.
+    """Set the environment variables of a launcher, if there is none, so that one process starts the same way.
 
-    ValueError where `accelerate launch` was told something else than this config: accelerate would obey or ignore it
-    silently.
+    ValueError if options of `accelerate launch` contradict this config: accelerate would apply or ignore them silently.
     """
     if "WORLD_SIZE" not in os.environ:
         if "ACCELERATE_USE_CPU" in os.environ:  # only the plain `accelerate launch` sets it
             raise ValueError(
-                "accelerate launch: it has started a single process without DeepSpeed, whatever --num_processes says; "
-                "add --use_deepspeed (on CPU too)"
+                "accelerate launch: it has started a single process without DeepSpeed, and --num_processes had no "
+                "effect; add --use_deepspeed (on CPU too)"
             )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for name, (field, agreed) in _decided(config, optimizer).items():
-        told = os.environ.get(f"ACCELERATE_{name}", "auto")
-        if told.lower() not in ("auto", agreed):
+        option = os.environ.get(f"ACCELERATE_{name}", "auto")
+        if option.lower() not in ("auto", agreed):
             raise ValueError(
-                f"{field}: ACCELERATE_{name}={told} (an option of accelerate launch, its config file, or the "
+                f"{field}: ACCELERATE_{name}={option} (an option of accelerate launch, its config file, or the "
                 f"environment) contradicts it; {field} alone decides: set that, and leave the other out or at {agreed}"
             )
     # All of them agree now; accelerate objects to a config file that names any beside our own DeepSpeed JSON.
@@ -129,7 +128,7 @@ def prepare_environment(config: TrainerConfig, optimizer: OptimizerPart) -> None
 
 
 def _decided(config: TrainerConfig, optimizer: OptimizerPart) -> dict[str, tuple[str, str]]:
-    """What accelerate passes to its processes in ACCELERATE_…: the field that decides it, and what agrees with that."""
+    """Return, by name of a variable ACCELERATE_…, the field of mispo that decides it and the value that agrees."""
     clipping = 1.0 if optimizer.clips_at is None else optimizer.clips_at
     hosted = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "parameters": ("cpu", "cpu")}[config.offload]
     return {

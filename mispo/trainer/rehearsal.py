@@ -1,4 +1,4 @@
-"""Before step 1: the largest micro-batch there can be, once, so that trouble with memory shows at once."""
+"""Run the largest possible micro-batch once before step 1, so that a lack of memory shows at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mispo.trainer.engine import TrainEngine
 
 
 def rehearse(engine: TrainEngine[Any], longest: int, layout: Layout, vocabulary: int) -> float:
-    """Forward and backward over as many trajectories of `longest` tokens as a micro-batch holds, all of them scored.
+    """Run forward and backward over as many trajectories of `longest` tokens as a micro-batch holds; return seconds.
 
-    Nothing is learnt from it: the loss is multiplied by 0, and the optimizer's states are as before. Returns seconds.
-    RuntimeError that names the setting if the memory does not suffice.
+    All tokens are scored. The weights do not change: the loss is multiplied by 0, and the optimizer's states are as
+    before. RuntimeError that names the setting if the memory does not suffice.
     """
     count = max(1, layout.tokens // longest)
     start = time.perf_counter()
@@ -34,7 +34,7 @@ def rehearse(engine: TrainEngine[Any], longest: int, layout: Layout, vocabulary:
 
 
 def worst_batch(count: int, longest: int, vocabulary: int) -> Sequences:
-    """Random trajectories that are one token of prompt and else completion."""
+    """Build random trajectories with one prompt token each; the other tokens are completion."""
     ids = torch.randint(vocabulary, (count, longest), generator=torch.Generator().manual_seed(0))
     return sequences(list(ids), [torch.arange(longest - 1)] * count)
 

@@ -18,10 +18,10 @@ from model.moe.routers import Routing, RoutingRecorder
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """Under π_old, on the CPU: log-probs [N] and entropy [N], fp32.
+    """Scores under π_old, on the CPU: log-probs [N] and entropy [N], fp32.
 
     routing: over the same tokens; None for a dense model. experts: per trajectory [S_b−1, L, k], those that were
-    activated at every position but the last; only if asked for.
+    activated at every position but the last; None unless they were kept.
     """
 
     logprobs_N: Tensor
@@ -32,21 +32,24 @@ class PolicyScores:
 
 @dataclass(frozen=True)
 class Values:
-    """values_N: V(s_0 … s_{T−1}) flat. bootstrap_B: V(s_T), the state after the last token. fp32, CPU."""
+    """Values of the critic, fp32, on the CPU.
+
+    values_N: V(s_0 … s_{T−1}), flat. bootstrap_B: V(s_T), the state after the last token.
+    """
 
     values_N: Tensor
     bootstrap_B: Tensor
 
-    def put(self, places: Tensor, members: Sequence[int], found: Tensor) -> None:
+    def put(self, places: Tensor, members: Sequence[int], values_n: Tensor) -> None:
         """Fill in V at these tokens' places, followed by V(s_T) of these trajectories."""
-        self.values_N[places] = found[: len(places)].cpu()
-        self.bootstrap_B[list(members)] = found[len(places) :].cpu()
+        self.values_N[places] = values_n[: len(places)].cpu()
+        self.bootstrap_B[list(members)] = values_n[len(places) :].cpu()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All that is known of a batch before its updates. values: None without a critic. reference_N: log π_ref, None
-    without a KL term."""
+    """All scores of a batch before its updates. values: None without a critic. reference_N: log π_ref, None without a
+    KL term."""
 
     policy: PolicyScores
     values: Values | None
@@ -57,9 +60,9 @@ class Scores:
 def score_policy(
     actor: TrainEngine[ActorModule], batch: Sequences, layout: Layout, temperature: float, *, keep_experts: bool = False
 ) -> tuple[PolicyScores, Values | None]:
-    """Run one forward over the batch, dropout off. Values where the actor's trunk has a value head.
+    """Score the batch in one forward without dropout; with values if the actor's trunk has a value head.
 
-    keep_experts: of all positions, to be replayed in the updates.
+    keep_experts: keep the experts of all positions, to be replayed in the updates.
     """
     actor.eval()
     tokens = int(batch.offsets_B1[-1])
@@ -71,11 +74,11 @@ def score_policy(
     with RoutingRecorder(actor.module) as recorder:
         for members in equal_count(actor.ranks, layout.microbatches(batch, range(len(batch)))):
             x = _with_ends(layout, batch, members, actor)
-            logprobs, entropy, found, _ = actor.forward(x, temperature)
+            logprobs, entropy, values_n, _ = actor.forward(x, temperature)
             at, count = batch.tokens_of(members), len(x.targets)
             logprobs_N[at], entropy_N[at] = logprobs.cpu(), entropy.cpu()
-            if found is not None:
-                values.put(at, members, found)
+            if values_n is not None:
+                values.put(at, members, values_n)
             routing = recorder.take(margin=True, replayed=x.replay)
             if routing is not None:
                 routings.append(routing.at((x.rows * x.ids.shape[1] + x.columns)[:count]))
@@ -93,12 +96,12 @@ def score_policy(
 
 @torch.no_grad()
 def score_values(critic: TrainEngine[CriticModule], batch: Sequences, layout: Layout) -> Values:
-    """Run one forward that gives V at every scored token and after the last one, dropout off."""
+    """Compute V at every scored token and after the last one, in one forward without dropout."""
     critic.eval()
     values = Values(torch.zeros(int(batch.offsets_B1[-1])), torch.zeros(len(batch)))
     for members in equal_count(critic.ranks, layout.microbatches(batch, range(len(batch)))):
-        found = critic.forward(_with_ends(layout, batch, members, critic))
-        values.put(batch.tokens_of(members), members, found)
+        values_n = critic.forward(_with_ends(layout, batch, members, critic))
+        values.put(batch.tokens_of(members), members, values_n)
     return values
 
 
@@ -123,6 +126,6 @@ def score_logprobs(
 
 
 def equal_count(ranks: Ranks, parts: list[list[int]]) -> list[list[int]]:
-    """Pad with empty micro-batches, so that every rank runs the same number of forwards."""
+    """Add empty micro-batches, so that every rank runs the same number of forwards."""
     most = int(ranks.max(torch.tensor(len(parts))))
     return parts + [[] for _ in range(most - len(parts))]

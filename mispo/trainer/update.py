@@ -22,7 +22,7 @@ from mispo.trainer.scoring import equal_count, score_logprobs
 from rollouts.episodes import request_seed
 
 RANDOM_CHOICES = ("actor", "critic", "filter")
-"""What a step decides by chance, apart from sampling."""
+"""The random choices of a step, apart from sampling."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def step_seed(seed: int, choice: str, step: int) -> int:
 
 
 def propose(batch: Batch, logprobs_N: Tensor, seed: int) -> Proposal:
-    """Return what the rollout proposed in a step, under a target policy with these log-probs."""
+    """Build the proposal of a step for a target policy with these log-probs."""
     return Proposal(
         old_logprobs_N=logprobs_N,
         rollout_logprobs_N=batch.rollout_logprobs_N,
@@ -100,9 +100,9 @@ def actor_updates(
 ) -> Iterator[Update | None]:
     """Make the actor's updates one by one, each sample used once; None where a mini-batch had nothing accepted.
 
-    Trajectories of which every token was rejected are not computed, unless the loss has terms for them too. Where the
-    method rechecks, the tokens of each mini-batch after the first are weighted by the filter's look at the current π_θ
-    (before the first π_θ is π_old). With values in the actor's trunk (critic kind shared) the loss is joint.
+    Trajectories of which every token was rejected are not computed, unless the loss has terms for them too. If the
+    method rechecks, each mini-batch after the first is weighted by the filter under the current π_θ (before the first,
+    π_θ is π_old). With values in the actor's trunk (critic kind shared) the loss is joint.
     """
     samples = targets.samples
     joint = targets.values if actor.module.value_head is not None else None
@@ -124,7 +124,7 @@ def actor_updates(
 def recheck(
     actor: TrainEngine[ActorModule], part: Batch, samples: Samples, at: Tensor, method: Method, settings: UpdateSettings
 ) -> Tensor:
-    """Weigh the tokens of some trajectories with the filter looking at the current π_θ (mask_policy: current)."""
+    """Compute token weights of some trajectories, with the filter under the current π_θ (mask_policy: current)."""
     logprobs_N = score_logprobs(actor, part, settings.layout, settings.temperature)
     selection = method.select(propose(part, logprobs_N, settings.seed))
     # The correction stays that of π_old.
@@ -136,8 +136,8 @@ def recheck(
 class _ActorLoss:
     """The loss of one mini-batch as a function of its micro-batches.
 
-    valued: tokens in the value loss, drafted: in the draft heads', both over all ranks and at least 0 and 1. sums: over
-    the micro-batches so far, for metrics.
+    valued, drafted: tokens in the value loss and in the draft heads' loss (at least 1) over all ranks. sums: over the
+    micro-batches so far, for metrics.
     """
 
     actor: TrainEngine[ActorModule]
@@ -180,14 +180,14 @@ class _ActorLoss:
         places = self.batch.tokens_of(part)
         mine = self.samples.at(places, logprobs.device)
         offsets = self.batch.offsets_of(part).to(logprobs.device)
-        share, found = self.objective(logprobs, entropy, mine, offsets, self.scale)
+        share, terms = self.objective(logprobs, entropy, mine, offsets, self.scale)
         if self.joint and self.valued:
-            found["value_loss"] = value_loss(self.joint, values, places, self.valued, self.settings.value_clip)
-            share = share + self.settings.value_weight * found["value_loss"]
+            terms["value_loss"] = value_loss(self.joint, values, places, self.valued, self.settings.value_clip)
+            share = share + self.settings.value_weight * terms["value_loss"]
         if self.settings.mtp_weight:
-            found["draft_nll"] = (drafts * mine.included).sum()
-            share = share + self.settings.mtp_weight * found["draft_nll"] / self.drafted
-        for name, value in found.items():
+            terms["draft_nll"] = (drafts * mine.included).sum()
+            share = share + self.settings.mtp_weight * terms["draft_nll"] / self.drafted
+        for name, value in terms.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
         return share
 

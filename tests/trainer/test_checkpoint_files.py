@@ -37,7 +37,7 @@ def test_what_is_torn_is_named_and_left_out(tmp_path: Path) -> None:
         "step_4/actor/weights has 3 bytes of 5",
         "step_3/actor/weights is missing",
     ]
-    assert problems[2].startswith(f"{checkpoints[1] / 'state.json'} does not read")
+    assert problems[2].startswith(f"{checkpoints[1] / 'state.json'} cannot be read")
     os.truncate(checkpoints[0] / "actor/weights", 0)
     with pytest.raises(ValueError, match=r"--resume: .* holds no whole checkpoint \(.*has 0 bytes of 5"):
         newest_checkpoint(tmp_path)

@@ -43,8 +43,8 @@ def test_a_file_of_the_users_own_is_merged_in(tmp_path: Path) -> None:
         ('{"gradient_clipping": 2}', "sets 'gradient_clipping'; leave it out, optimizer.max_grad_norm decides it"),
         ('{"zero_optimization": {"stage": 1}}', "sets 'zero_optimization.stage'; leave it out, trainer.zero_stage"),
         ('{"bf16": {"enabled": true}}', "trainer.dtype decides it"),
-        ("{", "does not read as JSON"),
-        ("[]", "is no JSON object"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
     ],
 )
 def test_what_contradicts_a_field_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -53,7 +53,7 @@ def test_what_contradicts_a_field_is_refused(tmp_path: Path, text: str, words: s
     with pytest.raises(ValueError, match=r"^trainer\.deepspeed: ") as error:
         deepspeed_config(TrainerConfig(deepspeed=str(path)), Muon())
     assert words in str(error.value)
-    with pytest.raises(ValueError, match=r"trainer\.deepspeed: .* does not read as JSON"):
+    with pytest.raises(ValueError, match=r"trainer\.deepspeed: .* cannot be read as JSON"):
         deepspeed_config(TrainerConfig(deepspeed=str(tmp_path / "gone.json")), Muon())
 
 

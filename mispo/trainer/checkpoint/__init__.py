@@ -1,1 +1,1 @@
-"""Checkpoints: what is written is read here too."""
+"""Checkpoints: writing and reading them."""

@@ -43,14 +43,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints that were finished, oldest first."""
-    found = [p for p in directory.glob("step_*") if p.suffix != ".tmp"]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    finished = [p for p in directory.glob("step_*") if p.suffix != ".tmp"]
+    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def superfluous(checkpoints: Sequence[Path], keep_last: int, keep_best: int) -> list[Path]:
-    """Return those that are neither among the last nor, of the ones with a score, among the best."""
+    """Return the checkpoints that are neither among the last nor among the best of those with a score."""
     scores = [None if keep_best == 0 or torn(path) else score_of(path) for path in checkpoints]
-    # Of equals the later one: it has been trained longer.
+    # Of equal scores the later one wins: it has been trained longer.
     ranked = sorted((score, number) for number, score in enumerate(scores) if score is not None)
     best = {checkpoints[number] for _, number in ranked[max(0, len(ranked) - keep_best) :]}
     return [path for path in checkpoints[:-keep_last] if path not in best]
@@ -64,23 +64,23 @@ def score_of(checkpoint: Path) -> float | None:
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint, and what is wrong with newer ones. ValueError if there is none."""
+    """Return the newest whole checkpoint, and what is wrong with newer ones. ValueError if there is none."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(directory)):
         problem = torn(checkpoint)
         if problem is None:
             return checkpoint, problems
         problems.append(problem)
-    found = f" ({'; '.join(problems)})" if problems else ""
-    raise ValueError(f"--resume: {directory} holds no whole checkpoint{found}; start the run anew without --resume")
+    reasons = f" ({'; '.join(problems)})" if problems else ""
+    raise ValueError(f"--resume: {directory} holds no whole checkpoint{reasons}; start a new run without --resume")
 
 
 def torn(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint, None if it is whole."""
+    """Return what is missing from a checkpoint, None if it is whole."""
     try:
         sizes = read_state(checkpoint)["files"]
     except (OSError, ValueError, KeyError) as error:
-        return f"{checkpoint / 'state.json'} does not read ({error})"
+        return f"{checkpoint / 'state.json'} cannot be read ({error})"
     for name, size in sizes.items():
         path = checkpoint / name
         held = path.stat().st_size if path.is_file() else None

@@ -36,11 +36,11 @@ from mispo.trainer.publish import full_weights
 from model.lora import MergedWeights, has_lora, trained
 
 State = Mapping[str, Any]
-"""What JSON can say."""
+"""Values that JSON can hold."""
 
 
 class Stateful(Protocol):
-    """Whatever has to survive a resume, beside weights and optimizers."""
+    """A part of a run whose state a checkpoint holds, beside weights and optimizers."""
 
     def state(self) -> State:
         """Return what `restore` takes."""
@@ -54,7 +54,7 @@ class Stateful(Protocol):
 class Checkpoints:
     """Writes checkpoints of a run and continues from one.
 
-    directory: RUN/checkpoints. registered: what has a state, by the name that it gets in state.json. last: the newest
+    directory: RUN/checkpoints. registered: the parts that have a state, by their name in state.json. last: the newest
     checkpoint, None before the first.
     """
 
@@ -82,10 +82,10 @@ class Checkpoints:
         return {name: part.state() for name, part in self.registered.items()}
 
     def save(self, step: int, states: Mapping[str, State] | None = None) -> Path:
-        """Write checkpoints/step_N; every rank calls, the first one writes. Returns its path.
+        """Write checkpoints/step_N and return its path; every rank calls, the first one writes.
 
-        states: of the end of that step, where the next one has begun since. OSError if it cannot be written; the
-        checkpoints before are then still there.
+        states: those at the end of that step, if the next one has begun since. OSError if it cannot be written; earlier
+        checkpoints then remain.
         """
         final = self.directory / f"step_{step}"
         with writing(final):
@@ -106,10 +106,10 @@ class Checkpoints:
                 policy = dict(MergedWeights(actor.module.policy, raw))
                 actor.module.policy.save_pretrained(temporary / "actor", state_dict=policy)
                 self.tokenizer.save_pretrained(temporary / "actor")
-                for name, found in tensors.items():
-                    _save(found, temporary / f"{name}.safetensors")
+                for name, held in tensors.items():
+                    _save(held, temporary / f"{name}.safetensors")
                 torch.save(_random_states(), temporary / "rng.pt")
-            except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+            except (SafetensorError, RuntimeError) as error:  # raised by safetensors and torch on a full disk
                 raise OSError(f"the checkpoint {final} could not be written: {error}") from error
             finish_checkpoint(temporary, final, {"step": step, "states": states})
             for old in superfluous(list_checkpoints(self.directory), self.keep_last, self.keep_best):
@@ -119,7 +119,7 @@ class Checkpoints:
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint; the weights themselves were read when the models were built.
 
-        ValueError for a checkpoint that has other states than this run has parts, before anything is restored.
+        ValueError, before anything is restored, if the checkpoint's states are not those of this run's parts.
         """
         states = read_state(checkpoint)["states"]
         for name in sorted(self.registered.keys() ^ states.keys()):
