@@ -1,1 +1,1 @@
-"""From a config to the parts of a run."""
+"""Builders: from a config to the parts of a run."""

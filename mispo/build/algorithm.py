@@ -1,4 +1,4 @@
-"""From the `algorithm` section of the config to the functions of mispo/algorithm."""
+"""Build a method from the `algorithm` section of the config and the functions of mispo/algorithm."""
 
 from __future__ import annotations
 

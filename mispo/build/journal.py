@@ -1,4 +1,4 @@
-"""What a run writes and shows: journal, and when things are due."""
+"""Build the journal and the schedule of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mispo.trainer.checkpoint.files import read_state
 
 
 def build_journal(setup: Setup, *, tracked: bool) -> Journal:
-    """Open the journal. tracked: write metrics."""
+    """Open the journal. tracked: whether it writes metrics."""
     config = setup.config
     settings = JournalSettings(
         steps=config.trainer.steps,
@@ -46,7 +46,7 @@ def pretrain_steps(config: MispoConfig) -> int:
 
 
 def build_schedule(config: MispoConfig, checkpoint: Path | None) -> Schedule:
-    """Decide when what is due."""
+    """Build the schedule: when evaluations, checkpoints and attributions are due."""
     return Schedule(
         start=read_state(checkpoint)["step"] if checkpoint else None,
         steps=config.trainer.steps,

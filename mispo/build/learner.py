@@ -1,4 +1,4 @@
-"""The learner of a run: DeepSpeed engines, layout, packing, and the weights that it publishes."""
+"""Build the learner of a run: DeepSpeed engines, layout, packing, and the weights that it publishes."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PROBES = 4
 
 
 def layout_of(config: MispoConfig, device: torch.device) -> Layout:
-    """Decide how micro-batches are laid out. ValueError for an attention that this device does not have."""
+    """Decide how micro-batches are laid out. ValueError for an attention that this device does not support."""
     attention = config.model.attention
     by_blocks = attention not in ("sdpa", "eager")
     if by_blocks and device.type != "cuda":
-        raise ValueError(f"model.attention: {attention} needs a CUDA device, this is {device.type}; use sdpa")
+        raise ValueError(f"model.attention: {attention} needs a CUDA device (is {device.type}); use sdpa")
     packed = by_blocks if config.trainer.layout == "auto" else config.trainer.layout == "packed"
     return Layout(config.trainer.tokens_per_microbatch, packed)
 
 
 def build_learner(setup: Setup, models: Models, modules: Modules, layout: Layout, data: Data) -> Learner:
-    """Put the modules under DeepSpeed, and rehearse the largest micro-batch there can be."""
+    """Put the modules under DeepSpeed, and rehearse the largest possible micro-batch."""
     config = setup.config
     actor, critic = build_engines(
         setup.accelerator,
@@ -48,7 +48,7 @@ def build_learner(setup: Setup, models: Models, modules: Modules, layout: Layout
     )
     publisher = None
     if models.engine is not None:
-        # Attribution takes the difference of weights for what it is, not for rounding.
+        # Attribution needs exact old weights: rounding them would count as mismatch by stale weights.
         exact = config.router.attribute_every > 0
         publisher = Publisher(
             actor,
@@ -106,7 +106,7 @@ def _update_settings(config: MispoConfig, layout: Layout) -> UpdateSettings:
 
 
 def _rehearse(setup: Setup, learner: Learner, vocabulary: int) -> None:
-    """Try the largest micro-batch, before anything long begins."""
+    """Run the largest possible micro-batch, before anything long begins."""
     layout, ranks = learner.settings.layout, learner.ranks
     longest = setup.config.data.max_prompt_tokens + setup.config.rollout.max_new_tokens
     trained = [engine for engine in (learner.actor, learner.critic) if engine]

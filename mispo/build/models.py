@@ -1,7 +1,7 @@
-"""The models of a run: policy, critic, reference and the copy that samples.
+"""Build the models of a run: policy, critic, reference and the copy that samples.
 
-The order is in the types: an `Opened` policy becomes a `Policy` by the warm start, the copies in `Models` are made of a
-`Policy` while it is whole, and `Modules` are what is left to be trained after adapters and frozen parts.
+The types fix the order: the warm start turns an `Opened` policy into a `Policy`; the copies in `Models` are made from
+it while it is whole; `Modules` are what the trainer gets, with adapters added and parts frozen.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ WARM_START_LINES = 10
 
 @dataclass(frozen=True)
 class Opened:
-    """The policy as it was opened: new or of a checkpoint; with adapters always what they are put on. On this rank's
-    device, and checked against the config."""
+    """The policy as it was opened and checked against the config: new, or from a checkpoint. With adapters it is always
+    their base model."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Policy:
-    """The policy as RL begins with it."""
+    """The policy at the start of RL, on this rank's device."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -58,8 +58,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Models:
-    """The policy and what was copied from it while it was whole. engine: None for saved rollouts. critic, value_head:
-    one of them, or none."""
+    """The policy and the models that were copied from it while it was whole. engine: None for saved rollouts. critic,
+    value_head: one of them, or none."""
 
     policy: Policy
     engine: Engine | None
@@ -72,7 +72,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Modules:
-    """What DeepSpeed gets. about: one line about the model and how it is computed."""
+    """The modules for DeepSpeed. about: one line about the model and how it is computed."""
 
     actor: ActorModule
     critic: CriticModule | None
@@ -80,7 +80,7 @@ class Modules:
 
 
 def open_policy(setup: Setup) -> Opened:
-    """Open the policy. ValueError for a model that cannot do what the config asks of it."""
+    """Open the policy. ValueError for a model that cannot do what the config needs."""
     config = setup.config
     preset, path = config.model.preset, config.model.path
     if setup.checkpoint and config.model.lora.rank:
@@ -101,7 +101,7 @@ def open_policy(setup: Setup) -> Opened:
 
 
 def _check_context(policy: PreTrainedModel, setup: Setup) -> None:
-    """ValueError where the longest trajectory has more tokens than the model has positions."""
+    """Raise ValueError if the longest trajectory has more tokens than the model has positions."""
     longest = setup.config.data.max_prompt_tokens + setup.config.rollout.max_new_tokens
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
@@ -112,11 +112,11 @@ def _check_context(policy: PreTrainedModel, setup: Setup) -> None:
 
 
 def _check_routers(policy: PreTrainedModel, setup: Setup) -> None:
-    """ValueError for settings of routers, or of draft heads, in a model without any."""
+    """Raise ValueError for settings of routers, or of draft heads, if the model has none."""
     router, defaults = setup.config.router, RouterConfig()
     for name in ("replay", "freeze", "bias_update_rate"):
         if getattr(router, name) != getattr(defaults, name) and not find_routers(policy):
-            raise ValueError(f"router.{name}: {type(policy).__name__} is dense, it has no routers; leave it out")
+            raise ValueError(f"router.{name}: {type(policy).__name__} is dense and has no routers; leave it out")
     if router.bias_update_rate:
         selection_biases(policy)
     if setup.config.trainer.mtp_weight and getattr(policy, "mtp", None) is None:
@@ -167,7 +167,7 @@ def build_models(setup: Setup, policy: Policy, *, samples: bool) -> Models:
 
 
 def _critic(setup: Setup, policy: Policy, chosen: SeparateCritic) -> Critic:
-    """Build the value model: the policy's copy, or another backbone (critic.model)."""
+    """Build the value model: on a copy of the policy's backbone, or on another one (critic.model)."""
     config = setup.config
     if chosen.model is None:
         critic = Critic.from_policy(policy.model, chosen.head_init_std, config.seed)
@@ -180,7 +180,7 @@ def _critic(setup: Setup, policy: Policy, chosen: SeparateCritic) -> Critic:
 
 
 def _value_head(setup: Setup, policy: Policy, chosen: SharedCritic) -> ValueHead:
-    """Build V on the policy's trunk (critic kind shared)."""
+    """Build the value head on the policy's trunk (critic kind shared)."""
     head = ValueHead(policy.model, chosen.head_init_std, setup.config.seed)
     if setup.checkpoint:
         head.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))
@@ -188,7 +188,7 @@ def _value_head(setup: Setup, policy: Policy, chosen: SharedCritic) -> ValueHead
 
 
 def _reference(setup: Setup, policy: Policy) -> Reference | None:
-    """Build the policy that algorithm.kl holds the actor near to, None without that term.
+    """Build the reference policy of the KL term (algorithm.kl); None without that term.
 
     Without algorithm.reference it is the policy at the start, kept in the run directory for a resumed run.
     """
@@ -203,7 +203,7 @@ def _reference(setup: Setup, policy: Policy) -> Reference | None:
             policy.tokenizer.save_pretrained(kept)
     elif path == str(kept) and not kept.is_dir():
         raise ValueError(
-            f"algorithm.kl: {kept} does not exist, since this run began without a KL term; name algorithm.reference"
+            f"algorithm.kl: {kept} does not exist, since this run began without a KL term; set algorithm.reference"
         )
     else:
         model = _other_model("algorithm.reference", path, setup, policy)
@@ -271,14 +271,14 @@ def build_modules(setup: Setup, models: Models, *, packed: bool) -> Modules:
 
 
 def _keep_base(setup: Setup, policy: Policy) -> None:
-    """Save what the adapters of a new run are put on, if it is nowhere else."""
+    """Save the base model of a new run's adapters, if it was made from a preset."""
     if setup.config.model.preset is not None and setup.checkpoint is None and setup.ranks.first:
         policy.model.save_pretrained(setup.directory.base)
         policy.tokenizer.save_pretrained(setup.directory.base)
 
 
 def _add_adapters(setup: Setup, models: Models, dtype: torch.dtype) -> None:
-    """Let only low-rank adapters (model.lora) and the value head learn; with the values of a checkpoint."""
+    """Add low-rank adapters (model.lora), so that only they and the value head learn; load those of a checkpoint."""
     lora, policy, critic = setup.config.model.lora, models.policy.model, models.critic
     for backbone in (policy, critic.backbone) if critic else (policy,):
         add_lora(backbone, lora.rank, lora.alpha, lora.targets, dtype, setup.config.seed)

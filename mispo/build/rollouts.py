@@ -1,4 +1,4 @@
-"""What samples and grades: reward workers, sampler, evaluation, attribution."""
+"""Build what samples and grades: reward workers, sampler, evaluator, attributor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build_sampler(
     clock: Callable[[str], AbstractContextManager[None]],
     interrupt: Interrupt,
 ) -> Sampler:
-    """Build what gives the trajectories of a step: an engine, or the files of another run."""
+    """Build the sampler of a step's trajectories: from an engine, or from the files of another run."""
     rollout, algorithm, ranks = setup.config.rollout, setup.config.algorithm, setup.ranks
     if models.engine is None:
         pool.close()  # saved trajectories have their rewards
@@ -81,7 +81,7 @@ def build_sampler(
 
 
 def build_evaluator(setup: Setup, models: Models, data: Data, pool: RewardPool) -> Evaluator:
-    """Build what measures accuracy; without an engine it measures nothing."""
+    """Build the evaluator of accuracy; without an engine it measures nothing."""
     config = setup.config
     sets = build_sets(
         data,
@@ -109,7 +109,7 @@ def build_evaluator(setup: Setup, models: Models, data: Data, pool: RewardPool) 
 
 
 def build_attributor(setup: Setup, models: Models, learner: Learner) -> Attributor | None:
-    """Build what measures where the mismatch comes from; None where nothing is sampled."""
+    """Build the attributor of the mismatch to its causes; None where nothing is sampled."""
     if models.engine is None:
         return None
     config = setup.config

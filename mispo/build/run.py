@@ -30,9 +30,9 @@ SAVED = "saved rollouts of {} step{}: no engine, so no sampling, no weight sync,
 def build_run(
     config: MispoConfig, directory: Path, *, resume: bool, saved: Sequence[Path] = (), tracked: bool = True
 ) -> Run:
-    """Build everything between the config and the first step. ValueError for what the user can fix.
+    """Build the run of a config, ready for its first step. ValueError for errors that the user can fix.
 
-    saved: files of trajectories that stand in for the rollout engine, one per step. tracked: write metrics.
+    saved: files of trajectories that replace the rollout engine, one per step. tracked: whether metrics are written.
     """
     checkpoint, torn = find_checkpoint(directory, resume=resume)
     pool = build_pool(config)
@@ -113,7 +113,7 @@ def _continue(setup: Setup, run: Run) -> None:
 
 
 def _introduce(setup: Setup, modules: Modules, saved: int) -> None:
-    """Say what runs, in the first lines of a run."""
+    """Print the first lines of a run: the model, saved rollouts, the objective."""
     setup.say(modules.about, style="dim", wrap=True)
     if saved:
         setup.say(SAVED.format(saved, "" if saved == 1 else "s"), style="dim")

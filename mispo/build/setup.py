@@ -19,7 +19,7 @@ from mispo.trainer.ranks import Ranks
 
 @dataclass(frozen=True)
 class Setup:
-    """checkpoint: that the run continues from, None for a new one. printer: on the first rank only."""
+    """The start of a run. checkpoint: that it continues from, None for a new one. printer: on the first rank only."""
 
     config: MispoConfig
     directory: RunDir
@@ -40,7 +40,7 @@ def find_checkpoint(directory: Path, *, resume: bool) -> tuple[Path | None, Sequ
 
 
 def start(config: MispoConfig, directory: Path, checkpoint: Path | None, torn: Sequence[str]) -> Setup:
-    """Start the process group. torn: what `find_checkpoint` has passed over."""
+    """Start the process group. torn: what is wrong with the checkpoints that `find_checkpoint` left out."""
     disable_progress_bar()  # of saving and loading weights: it would tear the step lines
     accelerator, ranks = start_ranks(config.trainer, config.optimizer)
     printer = StepPrinter(config.trainer.steps, make_console()) if ranks.first else None

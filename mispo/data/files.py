@@ -13,7 +13,7 @@ Row = dict[str, Any]
 def load_rows(path: str, split: str, section: str) -> list[Row]:
     """Read all rows of a .jsonl or .parquet file, or of a split of a hub data set.
 
-    section: that errors name. ValueError for what does not load or is empty.
+    section: of the config, for errors. ValueError for data that does not load or is empty.
     """
     file, key = Path(path).expanduser(), f"{section}.path"
     if file.suffix == ".jsonl":
@@ -37,7 +37,7 @@ def _jsonl_rows(path: Path, key: str) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{key}: {str(path)!r} line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{key}: {str(path)!r} line {number} is no object of columns")
+            raise ValueError(f"{key}: {str(path)!r} line {number} is not a JSON object of columns")
         rows.append(row)
     return rows
 

@@ -1,13 +1,13 @@
-"""A weighted mixture of sources, which is a source itself: its place is one number, as that of a single one.
+"""A weighted mixture of sources, which is a source itself: its state is one position, as that of a single source.
 
-How a position finds its source without any memory: the problems of a source of weight w (a share, all weights sum to
-1) come one after the other, the k-th at the time (k + u) / w, where u in [0, 1) is a hash of (seed, name, k). All
-sources together, sorted by time, are the stream. So
+The source at a position is computed without any state. The problems of a source of weight w (a share, all weights sum
+to 1) come one after the other, the k-th at the time (k + u) / w, where u in [0, 1) is a hash of (seed, name, k). The
+problems of all sources, sorted by time, are the stream. So
 
-- each source is drawn in the order that it has by itself, none of its problems is left out, and a file is read to its
-  end before any of its rows comes again;
-- among the first n positions a source with weight w has n·w, give or take one and w for each source, whatever the
-  weights and n; which positions these are looks random;
+- each source keeps its own order, none of its problems is left out, and a file is read to its end before any of its
+  rows comes again;
+- among the first n positions a source of weight w has n·w ± (1 + w · number of sources), for all weights and n; its
+  positions look random;
 - the position p lies near the time p: only the few problems around it have to be sorted to know which one it is.
 """
 
@@ -30,7 +30,7 @@ MAX_TRIES = 64
 
 
 class MixedSettings(SourceSettings, Protocol):
-    """One source of `data.mixture`. weight: of its problems in the stream, relative to the others, > 0."""
+    """One source of `data.mixture`. weight: share of its problems in the stream, relative to other weights, > 0."""
 
     @property
     def weight(self) -> float: ...
@@ -70,8 +70,8 @@ class Interleaving:
 class Mixture:
     """Draws from several sources by an interleaving; each row gets its source's name as the column `source`.
 
-    In the place of a held-out problem comes the one that lies a stride further on in the same source, so that shares
-    are those of the weights. What one source holds out no other one brings up either.
+    A held-out problem is replaced by the problem one stride further on in the same source, so shares stay those of the
+    weights. A problem that one source holds out does not come from another source either.
     heldout: `held_out` problems, interleaved as the stream. ValueError if a source holds out less than its share.
     """
 
@@ -91,7 +91,7 @@ class Mixture:
 
 
 def open_mixture(mixture: Mapping[str, MixedSettings], *, seed: int, held_out: int) -> Source:
-    """Open all sources of `data.mixture`, and hold out problems of each by its weight; a single one is only opened.
+    """Open all sources of `data.mixture`, and hold out problems of each by its weight; a single one is not mixed.
 
     ValueError as from `open_source`, and for a weight that is not above 0.
     """

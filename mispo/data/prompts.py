@@ -54,13 +54,13 @@ class PromptStream:
         return {"cursor": self.cursor}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was taken."""
+        """Continue where `state` was taken."""
         self.cursor = state["cursor"]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What training and evaluation read. name: of the held-out problems, in metrics."""
+    """The prompts of training and evaluation. name: of the held-out problems, in metrics."""
 
     stream: PromptStream
     heldout: list[Prompt]
@@ -72,7 +72,7 @@ def build_data(
 ) -> Data:
     """Open the source that `data` names, or the mixture. ValueError that names the field or file, and the fix.
 
-    The held-out problems are named after the task or file; those of a mixture of several `mixture`.
+    The held-out problems are named after the task or file, or "mixture" if several sources are mixed.
     """
     if not mixture:
         source = open_source(config, seed=config.seed, held_out=config.eval_size)

@@ -1,6 +1,6 @@
 """Where problems come from: a reasoning-gym generator, or the rows of a file or hub data set.
 
-Held out by a hash of the question, never by luck: whether a problem is trained on depends on nothing else.
+A hash of the question decides which problems are held out, so the choice depends on neither chance nor order.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ class SourceSettings(Protocol):
 
 
 class Source(Protocol):
-    """Problems by position, endless; `heldout` are the ones for evaluation, which never come up here."""
+    """An endless sequence of problems by position; `heldout` are those for evaluation, which are not in it."""
 
     @property
     def heldout(self) -> Sequence[Problem]: ...
 
     def problem(self, position: int) -> Problem | None:
-        """The problem at a position of the stream, None where a held-out one was skipped."""
+        """Return the problem at a position of the stream, None where a held-out one was skipped."""
         ...
 
 
 def open_source(
     settings: SourceSettings, *, seed: int, held_out: int, section: str = "data", size_key: str = "data.eval_size"
 ) -> Source:
-    """Open the source that the settings name, with so many problems held out.
+    """Open the source that the settings name, and hold out `held_out` problems.
 
     section, size_key: of the config, for errors. ValueError that names the setting or file, and the fix.
     """
@@ -81,7 +81,7 @@ def open_source(
 def evaluation_problems(settings: SourceSettings, size: int | None, *, seed: int, section: str) -> Sequence[Problem]:
     """Read the first `size` problems of a source, None for all, to evaluate on.
 
-    Of a file they are its first rows. Of a generator they are questions of the share that is held out from all
+    From a file these are the first rows. From a generator they are questions of the share that is held out from all
     training on generators. ValueError as from `open_source`, and for a generator without a size.
     """
     if settings.task is None and settings.path is not None:
@@ -119,15 +119,15 @@ class GymSource:
         return None if question_hash(entry["question"]) < HELD_OUT_SHARE else self._read(entry, position)
 
     def _held_out(self, count: int) -> Sequence[Problem]:
-        found: dict[str, Problem] = {}
+        problems: dict[str, Problem] = {}
         for position in range(min(MAX_DRAWS, 2000 * max(count, 1))):
-            if len(found) == count:
+            if len(problems) == count:
                 break
             entry = self._dataset[position]
             question = entry["question"]
-            if question not in found and question_hash(question) < HELD_OUT_SHARE:
-                found[question] = self._read(entry, position)
-        return list(found.values())
+            if question not in problems and question_hash(question) < HELD_OUT_SHARE:
+                problems[question] = self._read(entry, position)
+        return list(problems.values())
 
     def _read(self, entry: Row, position: int) -> Problem:
         return read_problem({**entry["metadata"], **entry}, position, self._settings, self._section)

@@ -1,1 +1,1 @@
-"""What the operating system is asked for: files, signals, failures. Torch-free, imports nothing of ours."""
+"""Paths, files, signals and failures. Imports neither torch nor any other package of mispo."""

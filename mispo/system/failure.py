@@ -1,4 +1,4 @@
-"""Say what went wrong, from one rank of a run: if possible the one that knows the cause, not one that lost another."""
+"""Report an error from one rank of a run: if possible from the rank that knows the cause."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from mispo.system.rundir import RunDir
 
 PATIENCE_S = 5.0
-"""Seconds that ranks other than the first wait before they show an error: if the first has the same one, it has shown
-it by then, and the launcher has ended the others."""
+"""Seconds that ranks other than the first wait before they show an error. If the first rank has the same error, it has
+shown it by then, and the launcher has ended the others."""
 
 LOST_PATIENCE_S = 1.0
 """The same for a rank whose error is only that another rank does not answer."""
@@ -22,7 +22,7 @@ LOST_PATIENCE_S = 1.0
 LOST = re.compile(
     r"(Connection closed by peer|Read error|Write error|Timed out waiting|Socket closed)[^\n]*?(?=\. |\n|$)"
 )
-"""What gloo says when the other process is gone."""
+"""Messages of gloo when the other process is gone."""
 
 
 def rank() -> int:
@@ -36,20 +36,20 @@ def say(text: str) -> None:
 
 
 def say_bad_input(error: ValueError) -> None:
-    """Show the error, once for all ranks that have it."""
+    """Show the error once for all ranks that have it."""
     _wait(PATIENCE_S, signal.SIG_DFL)
     for line in str(error).splitlines():
         say(f"error: {line}")
 
 
 def say_failure(error: Exception, directory: RunDir, checkpoint: Path | None) -> None:
-    """Show the error that is being handled, and how to go on, unless another rank has shown one.
+    """Show the error that is being handled, and how to resume, unless another rank has shown one.
 
     The trace goes to error.txt in the run directory; only the rank that creates this file says anything. checkpoint:
     the last one, None if there is none.
     """
     lost = _lost(error)
-    # Launchers end the ranks that are left; one of them still has to say how to go on.
+    # Launchers end the ranks that are left; one of them still has to say how to resume.
     _wait(LOST_PATIENCE_S if lost else PATIENCE_S, signal.SIG_IGN if lost else signal.SIG_DFL)
     trace = traceback.format_exc()
     where = f"The full trace is in {directory.error}."
@@ -72,10 +72,10 @@ def _wait(seconds: float, on_sigterm: signal.Handlers) -> None:
 
 
 def _lost(error: Exception) -> str | None:
-    """Return what to say if the error is only that another rank does not answer; else None."""
-    found = LOST.search(str(error))
-    if found:
-        reason = found.group()
+    """Return a message if the error is only that another rank does not answer, else None."""
+    match = LOST.search(str(error))
+    if match:
+        reason = match.group()
     elif type(error).__name__ == "DistBackendError":  # NCCL
         reason = str(error).splitlines()[0]
     else:

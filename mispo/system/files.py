@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it becomes `path`, on an exception it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path`, on an exception it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Let an OSError name the path, whichever library raises it; their sentences without an error number stay."""
+    """Add the path to an OSError of any library; an error without an error number stays as it is."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """One line of strict JSON with its newline; NaN and infinities become null, at any depth."""
+    """Return one line of strict JSON with its newline; NaN and infinities become null, at any depth."""
     return json.dumps(_plain(row), allow_nan=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop where a checkpoint is whole; once more, and it ends at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to stop with a checkpoint, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import os
 import signal
 from types import FrameType
 
-NOTICE = b"\nstopping: the updates of this step are finished and a checkpoint is written; once more ends it at once\n"
+NOTICE = (
+    b"\nstopping: the updates of this step are finished and a checkpoint is written; "
+    b"a second signal ends the run at once\n"
+)
 
 
 class Interrupt:
-    """What signals have asked for, on this rank.
+    """The signals that have asked this rank to stop.
 
-    asked: whether one has come since `arm`. The loop looks at it where all ranks can agree; work that may be thrown
-    away, such as sampling, looks at it often and ends early.
+    asked: whether a signal has come since `arm`. The loop checks it where all ranks can agree; work that can be
+    discarded, such as sampling, checks it often and ends early.
     """
 
     def __init__(self) -> None:
@@ -26,10 +29,11 @@ class Interrupt:
         return bool(self._received)
 
     def arm(self, *, talks: bool, launched: bool = False) -> None:
-        """Let signals ask from now on; before, they raise KeyboardInterrupt.
+        """Take signals as requests to stop; before this call they raise KeyboardInterrupt.
 
-        talks: whether this rank says so. launched: by a launcher, which passes a SIGTERM on that Slurm may have sent to
-        this process as well: a second one is then an echo. Launchers kill what does not end.
+        talks: whether this rank prints the notice. launched: whether a launcher started this process. A launcher passes
+        a SIGTERM on that Slurm may also have sent to this process, so a second SIGTERM is then ignored. Launchers kill
+        processes that do not end.
         """
         self._talks, self._echoes = talks, launched
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -47,6 +51,6 @@ class Interrupt:
 
 
 def exit_at_once() -> None:
-    """Let a further signal end the process without a word, for the time in which a stopped run is put away."""
+    """Let a further signal end the process without a message, while a stopped run is being closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))

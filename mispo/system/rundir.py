@@ -1,4 +1,4 @@
-"""Every path of a run directory, once."""
+"""Every path of a run directory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where a run keeps its files. Only names: nothing is created, opened or checked.
+    """The paths of a run's files. Nothing is created, opened or checked.
 
     root: the run directory. checkpoints holds step_N/ directories and the link `latest` (trainer/checkpoint). reference
-    and base are Hugging Face directories: the policy at the start, for a KL term, and what adapters are put on.
+    and base are Hugging Face directories: the policy at the start, for a KL term, and the base model of adapters.
     """
 
     root: Path
@@ -66,14 +66,14 @@ class RunDir:
         return self.root / "base"
 
     def rollouts(self, step: int, rank: int = 0, ranks: int = 1) -> Path:
-        """The trajectories of a step; of several ranks each has a file."""
+        """Return the path of a step's trajectories; with several ranks each rank has a file."""
         suffix = "" if ranks == 1 else f".rank{rank}"
         return self.root / "rollouts" / f"step_{step}{suffix}.parquet"
 
     def attributed(self, step: int, overrides: Sequence[str] = ()) -> Path:
-        """The numbers of an attribution, its picture beside it; overrides: settings that are not the run's."""
+        """Return the path of an attribution's numbers, beside its picture; overrides: settings unlike the run's."""
         return self.attribution / f"{'+'.join([f'step_{step}', *overrides]).replace('/', '_')}.json"
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint after a step."""
+        """Return the path of the checkpoint after a step."""
         return self.checkpoints / f"step_{step}"

@@ -1,4 +1,4 @@
-"""When what happens in a run."""
+"""The schedule of a run: in which steps it evaluates, saves and attributes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what happens. start: the last step of the checkpoint that is continued, None for a new run. evaluate_every,
-    save_every, attribute_every: steps, 0 = only the last one (attribution: only the first one)."""
+    """In which steps a run evaluates, saves and attributes.
+
+    start: the last step of the checkpoint that is continued, None for a new run. evaluate_every, save_every,
+    attribute_every: steps, 0 = only the last one (attribution: only the first one).
+    """
 
     start: int | None
     steps: int

@@ -1,7 +1,7 @@
-"""Traces for the warm start: for each task, how a careful and a terse solver write.
+"""Traces for the warm start: for each task, what a careful and a terse solver write.
 
-They stand in for pre-training, so that RL starts from a model that masters both habits and has to find out
-which of them pays.
+They stand in for pre-training, so that RL starts from a model that has both habits and has to learn which of them
+earns more reward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def count_bits_careful(row: Row) -> str:
 
 
 def terse(row: Row) -> str:
-    """Give the answer at once, as if it could be seen at a glance."""
+    """Give the answer at once, with an empty think block."""
     return f"<think></think>{row['answer']}"
 
 
@@ -54,9 +54,9 @@ def careful_writer(task: str | None) -> Callable[[Row], str]:
 
 
 def careful_reference(task: str | None, heldout: Sequence[Prompt]) -> Measure:
-    """Make the measure of what forced careful thinking reaches on held-out problems of a task.
+    """Return a measure of the accuracy that forced careful thinking reaches on held-out problems of a task.
 
-    It finds nothing for a task without traces, for no problems, and without an engine.
+    Its result is empty for a task without traces, without problems, and without an engine.
     """
 
     def measure(evaluator: Evaluator) -> References:

@@ -69,8 +69,8 @@ def backward_traces(
 ) -> float:
     """Add the gradient of the mean negative log-likelihood over all trace tokens of the batch; return that mean.
 
-    parts: lists of (prompt [P], trace [T]) ids, padded each for itself; all are divided by the token count of
-    the whole batch. mtp_weight: of the draft heads' loss, which joins the gradient, where the model has such heads.
+    parts: lists of (prompt [P], trace [T]) ids; each list is padded separately, and all are divided by the token count
+    of the whole batch. mtp_weight: of the draft heads' loss, which is added to the gradient if the model has heads.
     """
     device = next(model.parameters()).device
     tokens = sum(len(trace) for part in parts for _, trace in part)

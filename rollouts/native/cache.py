@@ -37,7 +37,7 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Bool [..., Q, K]: may the query at position q see the key at position k: q − window < k ≤ q."""
+    """Return whether the query at position q sees the key at position k, q − window < k ≤ q; bool [..., Q, K]."""
     distance = queries.unsqueeze(-1) - keys
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
@@ -92,8 +92,8 @@ class SlotCache(Cache):
 
     windows: sliding window per layer, None for full attention. slots: sequences that fit at once.
     max_length: positions that a sequence may come to hold.
-    Only update, get_seq_length and get_mask_sizes are asked for by a decoder that is given its masks; the
-    abstract per-layer methods of transformers differ between 5.19 and 5.23 and are not used.
+    A decoder that gets its masks calls only update, get_seq_length and get_mask_sizes; the abstract per-layer methods
+    of transformers differ between 5.19 and 5.23 and are not used.
     """
 
     def __init__(self, windows: Sequence[int | None], slots: int, max_length: int) -> None:
@@ -178,7 +178,7 @@ class SlotCache(Cache):
         return keys[: self.count, :, : self.longest], values[: self.count, :, : self.longest]
 
     def _rows(self, window: int | None, keys: Tensor) -> Tensor:
-        """[n · kv_heads] rows of the flattened buffer that this step writes; the same for layers alike."""
+        """Return the rows [n · kv_heads] of the flattened buffer that this step writes; equal layers share them."""
         _, heads, cells, _ = keys.shape
         key = (window, heads, cells)
         if key not in self.rows:
@@ -187,15 +187,15 @@ class SlotCache(Cache):
         return self.rows[key]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions that earlier forwards may have written; 0 while prefilling."""
+        """Return the number of positions that earlier forwards may have written; 0 while prefilling."""
         return 0 if self.prefilling else self.longest
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        """(keys read, offset of the first): for decoders that ask although they were given a mask."""
+        """Return (keys read, offset of the first), for decoders that call this although they got a mask."""
         window = self.slot_layers[layer_idx].window
         return (self.longest if window is None or self.prefilling else min(self.longest, window)), 0
 
 
 def round_up(length: int) -> int:
-    """The next multiple of `ROUND`."""
+    """Return the next multiple of `ROUND`."""
     return -(-length // ROUND) * ROUND

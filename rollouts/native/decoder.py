@@ -1,4 +1,4 @@
-"""A causal language model taken apart, as decoding with masks per slot needs it."""
+"""The parts of a causal language model that decoding with masks per slot needs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Decoder:
     def forward(self, ids: Tensor, positions: Tensor, masks: dict[int | None, Tensor], cache: SlotCache) -> Tensor:
         """Compute the last hidden states [B, S, H] of tokens at these positions, both [B, S].
 
-        masks: what each window may see, as the cache has said.
+        masks: of each window, as `SlotCache.prefill` or `SlotCache.decode` returned them.
         """
         dtype = self.embeddings.dtype
         additive = {window: torch.where(mask, 0.0, -torch.inf).to(dtype) for window, mask in masks.items()}

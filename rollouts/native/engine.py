@@ -22,7 +22,7 @@ from rollouts.native.running import Running, Waiting
 
 
 class NativeEngine:
-    """`Engine` that samples with a transformers model of its own (it must not be the one being trained).
+    """`Engine` that samples with a separate transformers model (it must not be the one being trained).
 
     model: causal LM whose logits are its output embeddings applied to its decoder's last hidden state; sdpa
     or eager attention, all layers full or sliding-window. Put into eval mode; decides device and precision.
@@ -134,7 +134,7 @@ class NativeEngine:
         temperature: float,
         experts: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Return the log-probs of each completion: see `Engine.score`. No cache and no masks of ours take part."""
+        """Return the log-probs of each completion, without our cache and masks: see `Engine.score`."""
         decoder = self.decoder
         device = decoder.embeddings.device
         scores: dict[int, Tensor] = {}
@@ -165,7 +165,7 @@ class NativeEngine:
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the weights in, converted to the model's precision: see `Engine.load`.
 
-        A tied tensor may be given under any one of its names. RuntimeError while sequences are running.
+        A tied tensor may come under any one of its names. RuntimeError while sequences are running.
         """
         if self._running is not None:
             raise RuntimeError(
@@ -173,9 +173,9 @@ class NativeEngine:
                 "them"
             )
         own = self.model.state_dict()
-        given = {own[name].data_ptr() for name in weights if name in own}
+        filled = {own[name].data_ptr() for name in weights if name in own}
         problems = [
-            f"missing {name}" for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given
+            f"missing {name}" for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in filled
         ]
         problems += [f"unknown {name}" for name in weights if name not in own]
         problems += [
@@ -195,7 +195,7 @@ class NativeEngine:
 
 
 def _length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped by similar length, each group at most `max_tokens` when padded (or one sequence)."""
+    """Group indices by similar length, each group at most `max_tokens` when padded (or one sequence)."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:

@@ -17,7 +17,7 @@ from rollouts.native.slots import SlotTable
 ROUTING_STEPS = 32
 """Decode steps between two evaluations of the routers' records: fewer small kernels, bounded memory.
 
-Also the steps after which `advance` lets its caller look up although nothing has finished.
+`advance` also returns after this many steps if nothing has finished.
 """
 
 Waiting = deque[tuple[int, Request]]
@@ -25,9 +25,9 @@ Waiting = deque[tuple[int, Request]]
 
 
 class Running:
-    """The sequences that run from one idle moment of the engine to the next, with the buffers they need.
+    """The sequences that run until the engine is idle again, with the buffers they need.
 
-    waiting: the requests that are known now; buffers begin with what these need, and grow for later ones.
+    waiting: the requests that are known now; buffers start at the size that these need, and grow for later ones.
     slots, prefill_tokens, record_experts: see `NativeEngine`.
     """
 
@@ -46,10 +46,10 @@ class Running:
         self.unread = 0
 
     def advance(self, waiting: Waiting, weight_version: int) -> list[tuple[int, Sample]]:
-        """Sample until a sequence has finished, and return (ticket, sample) of all that did at that step.
+        """Sample until a sequence has finished, and return (ticket, sample) of all that finished at that step.
 
-        Takes from `waiting` what it finds room for. Empty if nothing has finished for `ROUTING_STEPS` steps, or nothing
-        is left.
+        Takes requests from `waiting` as slots become free. Returns [] if nothing has ended for `ROUTING_STEPS` steps,
+        or if nothing is left.
         """
         table = self.table
         with self.routing or nullcontext():

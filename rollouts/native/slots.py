@@ -1,4 +1,4 @@
-"""The table of running sequences: which request sits in which slot, and what it has generated so far."""
+"""The table of running sequences: the request in each slot, and what it has generated so far."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def request_uniforms(seed: int, count: int) -> Tensor:
 
 
 def pick_tokens(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverse CDF, and say how likely it was.
+    """Sample one token per row by inverse CDF, and return tokens and log-probs.
 
     logits: [n, V]; temperature: [n] float32, 0 = most likely token; uniform: [n] float64.
-    Returns token ids [n] int64 and their log-probs [n] float32 under softmax(logits / temperature)
-    (temperature 1 where it is 0). The CDF is summed in float64: in float32 the rare tokens of a large
-    vocabulary would drown in rounding, and the recorded log-prob would not be that of the sampler.
+    Token ids are [n] int64, log-probs [n] float32 under softmax(logits / temperature) (temperature 1 where it is 0).
+    The CDF is summed in float64: in float32 rare tokens of a large vocabulary would be lost to rounding, and the
+    recorded log-prob would not be that of the sampler.
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -90,7 +90,7 @@ def copy_into(larger: Tensor, old: Tensor) -> None:
 class SlotTable:
     """State of the slots, one row each; the first `count` rows are running.
 
-    The host knows the lengths by counting along, so that a step costs one synchronisation: the list of finished slots.
+    The host counts the lengths itself, so that a step costs one synchronisation: the list of finished slots.
     slots: rows. max_new_tokens: the largest limit of any request. longest: the most positions that one can take.
     routers: MoE layers, 0 for a dense model.
     """
@@ -112,12 +112,12 @@ class SlotTable:
         # Prompt and generated tokens, on the host.
         self.length = torch.zeros(slots, dtype=torch.int64)
         self.rows = Rows.empty(slots, max_new_tokens, routers, device)
-        # On the host, which has memory for it once it is written: [slots, positions, routers, k].
+        # On the host, allocated when it is first written: [slots, positions, routers, k].
         self.experts: Tensor | None = None
 
     @property
     def free(self) -> int:
-        """Slots that stand empty."""
+        """Number of empty slots."""
         return self.slots - self.count
 
     @property
@@ -176,7 +176,7 @@ class SlotTable:
         return [start + row for row in ended.nonzero()[:, 0].tolist()]
 
     def route(self, slots: slice, first: Tensor, experts_LsSk: Tensor) -> None:
-        """Keep which experts were activated: in each of these slots at S positions from `first` [slots] on.
+        """Keep the activated experts of these slots, at S positions of each from `first` [slots] on.
 
         Positions after a sequence's end are overwritten later, or never read.
         """
@@ -189,9 +189,9 @@ class SlotTable:
         self.experts[rows[inside], at[inside]] = experts_LsSk.cpu().permute(1, 2, 0, 3)[inside]
 
     def samples(self, slots: list[int], weight_version: int) -> list[Sample]:
-        """Return what the given slots have produced.
+        """Return the samples of these slots.
 
-        RuntimeError if a log-prob is not finite: the weights are broken, nothing sampled is of use.
+        RuntimeError if a log-prob is not finite, since the samples are then worthless.
         """
         rows = self.rows
         counts = rows.generated[slots].tolist()

@@ -63,7 +63,7 @@ def test_a_problem_may_be_built_from_other_columns(tmp_path: Path) -> None:
         ([{"question": "q", "answer": "1"}, {"question": "r", "answer": ""}], {}, r"data\.answer: row 1"),
         ([{"problem": "q", "answer": "1"}], {}, r"data\.prompt: row 0 .* has no 'question'; its columns are problem"),
         ([{"question": "q", "answer": "1"}], {"prompt": "{text}"}, r"data\.prompt: row 0 .* has no 'text'"),
-        ([["q", "1"]], {}, r"data\.path: .* line 1 is no object"),
+        ([["q", "1"]], {}, r"data\.path: .* line 1 is not a JSON object"),
         ([{"question": "q", "answer": "1"}], {"eval_size": 1}, r"data\.eval_size: 1 of only 1 different"),
     ],
 )
