@@ -66,7 +66,7 @@ def test_a_long_trajectory_stays_exact() -> None:
 
 
 def test_a_truncated_return_is_the_value_after_the_last_token() -> None:
-    """A critic that answers with the position: s_T of a 3-token trajectory is 3, whatever the reward was."""
+    """A critic that answers with the position: s_T of a 3-token trajectory is 3, for every reward."""
     rewards, after = torch.tensor([0.0, 1.0]), torch.tensor([3.0, 2.0])
     truncated = torch.tensor([True, False])
     returns = terminal_values(rewards, after, truncated, "bootstrap", (0.0, 10.0))

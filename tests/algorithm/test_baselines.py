@@ -114,7 +114,7 @@ def test_a_rejected_token_has_gradient_0_whatever_its_ratio() -> None:
 
 @given(batch=ragged)
 def test_on_policy_all_losses_have_the_gradient_of_reinforce(batch: Ragged) -> None:
-    """π_θ = π_old: the first mini-batch of any of them, whatever gave the advantages."""
+    """π_θ = π_old: the first mini-batch of any of them, with any advantages."""
     gradients = []
     for loss in (
         mispo_loss,

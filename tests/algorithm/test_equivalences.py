@@ -33,7 +33,7 @@ def config_of(*overrides: str) -> MispoConfig:
 
 
 def toy(batch: Ragged) -> tuple[Tensor, Tensor]:
-    """Logits of a state of its own for each token [N, V] float64, and the tokens taken [N]."""
+    """Separate logits for each token [N, V] float64, and the tokens taken [N]."""
     generator = torch.Generator().manual_seed(batch.seed)
     count = sum(batch.lengths)
     logits = torch.randn(count, VOCABULARY, generator=generator, dtype=torch.float64)

@@ -77,7 +77,7 @@ def test_shares_and_errors_are_those_of_the_loops(batch: Ragged) -> None:
 
 
 def test_the_error_is_that_of_drawing_trajectories_anew() -> None:
-    """Each trajectory has a scale of its own, so its tokens are no independent samples."""
+    """Each trajectory has its own scale, so its tokens are no independent samples."""
     batch = Ragged([30] * 200, seed=3)
     parts, _ = planted(batch)
     scales_N = torch.repeat_interleave(batch.trajectories("scale").exp(), 30)

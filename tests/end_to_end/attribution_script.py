@@ -1,4 +1,4 @@
-"""Run by test_attribution.py in a process of its own: one run whose mismatch is planted, one cause at a time.
+"""Run by test_attribution.py in a separate process: one run whose mismatch is planted, one cause at a time.
 
 Arguments: OUT RUN_DIR override … OUT gets, as JSON, what `attribute_next` found for each cause.
 """

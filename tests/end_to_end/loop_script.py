@@ -42,7 +42,7 @@ class PositionCritic(Critic):
 
 
 class Engineered:
-    """The sampled tokens of the real sampler, with finish reasons in turn, whatever the tokens are."""
+    """The sampled tokens of the real sampler, with finish reasons in turn, for all tokens."""
 
     def __init__(self, inner: Sampler) -> None:
         self.inner = inner

@@ -29,7 +29,7 @@ def heed_interrupts() -> None:
 
 
 def start(run: Path, *overrides: str, launcher: Sequence[str] = (sys.executable, "-P")) -> subprocess.Popen[str]:
-    """A run in a process group of its own, as a terminal would start it."""
+    """A run in a separate process group, as a terminal would start it."""
     return subprocess.Popen(
         [*launcher, "-m", "mispo.cli", "train", *MICRO, f"run_dir={run}", *overrides],
         start_new_session=True,
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight: Path, tmp_path: P
 
 @pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_rank_that_is_killed_ends_the_run_with_that_cause_and_it_goes_on(tmp_path: Path, victim: str) -> None:
-    """kill −9, as the kernel does when memory is full, after a checkpoint; whichever rank is left says how to go on."""
+    """kill −9, as the kernel does when memory is full, after a checkpoint; the rank that is left says how to resume."""
     run = tmp_path / "run"
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = start(run, "trainer.steps=500", "checkpoint.every=1", "trainer.zero_stage=2", launcher=launcher)

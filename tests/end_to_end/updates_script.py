@@ -1,4 +1,4 @@
-"""Run by test_updates.py in processes of its own: a few updates on a fixed batch, results written to a file.
+"""Run by test_updates.py in separate processes: a few updates on a fixed batch, results written to a file.
 
 Arguments: OUT STAGE ROUNDS [--load CHECKPOINTS] [--save CHECKPOINTS] [--nan yes] [--max-skipped N] [--unused yes]
 [--rehearse yes] [--deaf yes] [--offload optimizer|parameters] [--deepspeed FILE]

@@ -1,4 +1,4 @@
-"""Start `mispo` as a user does, in a process of its own, and read what it left behind."""
+"""Start `mispo` as a user does, in a separate process, and read what it left behind."""
 
 import atexit
 import json

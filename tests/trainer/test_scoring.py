@@ -1,4 +1,4 @@
-"""Critic bugs that other trainers had: each is looked for here, with a critic of its own and on a shared trunk."""
+"""Critic bugs that other trainers had: each is looked for here, with a separate critic and on a shared trunk."""
 
 from dataclasses import replace
 from typing import cast
