@@ -6,11 +6,13 @@ import itertools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -166,7 +168,7 @@ class _Child:
     def __init__(self, spec: RewardSpec) -> None:
         # -P: a directory rewards/ where the user happens to stand must not shadow this package.
         command = [sys.executable, "-P", "-m", "rewards.child", spec.to_json()]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         self.ready = False
         self.job: int | None = None
         self.low: dict[str, float] = {}
@@ -214,17 +216,23 @@ class _Child:
             if not select.select([self], [], [], 0)[0]:
                 return None
             data = os.read(self.fileno(), 1 << 16)
-            if not data:
-                self.process.wait()
+            if not data:  # it has closed its end, though it may live on
+                self._end()
                 return None
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         reply: dict = json.loads(line)
         return reply
 
-    def kill(self) -> None:
-        self.process.kill()
+    def _end(self) -> None:
+        """End the process and what its verifier has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def kill(self) -> None:
+        """End the process and close its pipes; safe to call twice."""
+        self._end()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 try:

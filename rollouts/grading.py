@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, TypedDict
+from typing import Protocol
 
+from rewards.base import Item
 from rollouts.trajectory import Trajectory
-
-
-class Item(TypedDict):
-    """What is scored: question and completion as texts, the reference answer, the data row."""
-
-    prompt: str
-    completion: str
-    answer: str
-    row: Mapping[str, object]
 
 
 class Score(Protocol):

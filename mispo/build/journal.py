@@ -16,8 +16,8 @@ from mispo.system.schedule import Schedule
 from mispo.trainer.checkpoint.files import read_state
 
 
-def build_journal(setup: Setup, *, tracked: bool) -> Journal:
-    """Open the journal. tracked: whether it writes metrics."""
+def build_journal(setup: Setup) -> Journal:
+    """Build the journal, without a tracker yet: `build_tracker` cuts the rows of a run that is continued."""
     config = setup.config
     settings = JournalSettings(
         steps=config.trainer.steps,
@@ -25,11 +25,13 @@ def build_journal(setup: Setup, *, tracked: bool) -> Journal:
         rollouts_every=config.tracking.rollouts_every,
         lag=config.rollout.lag,
     )
-    tracker = _tracker(setup) if tracked and setup.ranks.first else None
-    return Journal(setup.directory, settings, tracker=tracker, printer=setup.printer, alarms=Alarms(config))
+    return Journal(setup.directory, settings, tracker=None, printer=setup.printer, alarms=Alarms(config))
 
 
-def _tracker(setup: Setup) -> Tracker:
+def build_tracker(setup: Setup) -> Tracker | None:
+    """Open metrics.jsonl and W&B, on the first rank; rows after the checkpoint are cut."""
+    if not setup.ranks.first:
+        return None
     state: dict[str, Any] = read_state(setup.checkpoint) if setup.checkpoint else {}
     return Tracker(
         setup.directory.root,

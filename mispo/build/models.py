@@ -180,7 +180,7 @@ def _critic(setup: Setup, policy: Policy, chosen: SeparateCritic) -> Critic:
 
 
 def _value_head(setup: Setup, policy: Policy, chosen: SharedCritic) -> ValueHead:
-    """Build the value head on the policy's trunk (critic kind shared)."""
+    """Build the value head on the policy's trunk (critic=shared)."""
     head = ValueHead(policy.model, chosen.head_init_std, setup.config.seed)
     if setup.checkpoint:
         head.load_state_dict(load_file(setup.checkpoint / "critic.safetensors"))

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from mispo.build.models import Models
+from mispo.build.models import Models, Opened
 from mispo.build.setup import Setup
 from mispo.config import parts
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data
-from mispo.evaluation import Evaluator, Measure, References, build_sets, constant_guess
+from mispo.evaluation import EvalSet, Evaluator, Measure, References, build_sets, constant_guess
 from mispo.metrics.attribution import Attributor
 from mispo.system.interrupt import Interrupt
 from mispo.trainer.learner import Learner
@@ -80,17 +80,21 @@ def build_sampler(
     )
 
 
-def build_evaluator(setup: Setup, models: Models, data: Data, pool: RewardPool) -> Evaluator:
-    """Build the evaluator of accuracy; without an engine it measures nothing."""
-    config = setup.config
-    sets = build_sets(
+def open_sets(config: MispoConfig, data: Data, opened: Opened) -> list[EvalSet]:
+    """Open the evaluation sets. ValueError that names the setting of one that does not open."""
+    return build_sets(
         data,
         config.eval.sets,
-        models.policy.tokenizer,
+        opened.tokenizer,
         samples=config.eval.samples,
         seed=config.data.seed,
         max_prompt_tokens=config.data.max_prompt_tokens,
     )
+
+
+def build_evaluator(setup: Setup, models: Models, data: Data, sets: Sequence[EvalSet], pool: RewardPool) -> Evaluator:
+    """Build what measures accuracy; without an engine it measures nothing."""
+    config = setup.config
     references: list[Measure] = [constant_guess, careful_reference(config.data.task, data.heldout)]
     if config.reward.permute:
         references.append(lambda _: References(notes=[PERMUTED]))

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mispo.build.algorithm import build_method
-from mispo.build.journal import build_journal, build_schedule
+from mispo.build.journal import build_journal, build_schedule, build_tracker
 from mispo.build.learner import build_learner, layout_of
 from mispo.build.models import Models, Modules, build_models, build_modules, open_policy, warm_policy
-from mispo.build.rollouts import build_attributor, build_evaluator, build_pool, build_sampler
+from mispo.build.rollouts import build_attributor, build_evaluator, build_pool, build_sampler, open_sets
 from mispo.build.setup import Setup, find_checkpoint, start
 from mispo.config.formula import formula
 from mispo.config.schema import MispoConfig
 from mispo.data.prompts import Data, build_data
+from mispo.evaluation import EvalSet
 from mispo.metrics.record import LowConfidence
 from mispo.metrics.step import About
 from mispo.monitor.journal import Clock
@@ -40,13 +41,16 @@ def build_run(
         setup = start(config, directory, checkpoint, torn)
         opened = open_policy(setup)
         data = build_data(config.data, opened.tokenizer, mixture=config.data.mixture)
+        sets = open_sets(config, data, opened)
         policy = warm_policy(setup, opened, data.stream)
         models = build_models(setup, policy, samples=not saved)
         layout = layout_of(config, setup.ranks.device)
         modules = build_modules(setup, models, packed=layout.packed)
         learner = build_learner(setup, models, modules, layout, data)
-        run = _assemble(setup, models, learner, data, pool, saved=saved, tracked=tracked)
+        run = _assemble(setup, models, learner, data, sets, pool, saved)
         _continue(setup, run)
+        if tracked:
+            run.journal.tracker = build_tracker(setup)  # last, since it cuts rows
         _introduce(setup, modules, len(saved))
     except BaseException:
         pool.close()
@@ -59,17 +63,16 @@ def _assemble(
     models: Models,
     learner: Learner,
     data: Data,
+    sets: Sequence[EvalSet],
     pool: RewardPool,
-    *,
     saved: Sequence[Path],
-    tracked: bool,
 ) -> Run:
     config = setup.config
     interrupt, clock = Interrupt(), Clock(Watchdog(config.alarms.stall_s, f"rank {setup.ranks.rank}").watch)
     reward_range = pool.low, pool.high
     method = build_method(config, reward_range)
-    evaluator = build_evaluator(setup, models, data, pool)
-    journal = build_journal(setup, tracked=tracked)
+    evaluator = build_evaluator(setup, models, data, sets, pool)
+    journal = build_journal(setup)
     low_confidence = LowConfidence()
     registered: dict[str, Stateful] = {
         "data": data.stream,
@@ -87,7 +90,7 @@ def _assemble(
         evaluator=evaluator,
         journal=journal,
         checkpoints=Checkpoints(
-            setup.directory.checkpoints,
+            setup.directory,
             learner,
             models.policy.tokenizer,
             registered,

@@ -42,6 +42,7 @@ class Use(Enum):
     """What a command does with a run directory."""
 
     BEGIN = "begins a run in it"
+    ONCE = "begins a run on saved rollouts in it, which is not resumed"
     CONTINUE = "continues the run in it"
     READ = "leaves the run in it as it is"
 
@@ -83,7 +84,8 @@ def session(
         if use is Use.READ:
             say(f"error: {error}")
         else:
-            say_failure(error, RunDir(run.directory) if run else directory, run.last_checkpoint if run else None)
+            resumable = run.last_checkpoint if run and use is not Use.ONCE else None
+            say_failure(error, RunDir(run.directory) if run else directory, resumable)
         return 1
     return 0
 
@@ -110,7 +112,7 @@ def _closing(run: OpenRun) -> Iterator[None]:
 def _remove_if_unused(directory: RunDir, use: Use) -> None:
     """Remove the directory of a new run, unless there was something in it before."""
     ours = {directory.config, directory.reference, directory.base}
-    if use is Use.BEGIN and rank() == 0 and set(directory.root.iterdir()) <= ours:
+    if use in (Use.BEGIN, Use.ONCE) and rank() == 0 and set(directory.root.iterdir()) <= ours:
         shutil.rmtree(directory.root)
 
 
@@ -121,10 +123,8 @@ def _interrupted(run: OpenRun | None, directory: RunDir, use: Use) -> str:
         return "interrupted before the first step; nothing to resume"
     if run.last_checkpoint is None:
         return f"interrupted after step {run.step}; there is no checkpoint yet, so start a new run"
-    return (
-        f"interrupted after step {run.step}; the last checkpoint is {run.last_checkpoint.name}\n"
-        f"continue with: mispo train --resume {directory.root}"
-    )
+    said = f"interrupted after step {run.step}; the last checkpoint is {run.last_checkpoint.name}"
+    return said if use is Use.ONCE else f"{said}\ncontinue with: mispo train --resume {directory.root}"
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -55,8 +55,10 @@ def train(
     if dry_run:
         _print_plan(config, directory)
         return 0
-    _prepare(directory, config)
-    return _run(config, directory, saved, Use.CONTINUE if continues else Use.BEGIN)
+    use = Use.CONTINUE if continues else Use.ONCE if saved else Use.BEGIN
+    if use is not Use.CONTINUE:
+        _save(directory, config)
+    return _run(config, directory, saved, use)
 
 
 def split_rollouts(given: Sequence[str], overrides: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -118,7 +120,7 @@ def _print_plan(config: MispoConfig, directory: RunDir) -> None:
         print_plan(config, directory.root)
 
 
-def _prepare(directory: RunDir, config: MispoConfig) -> None:
+def _save(directory: RunDir, config: MispoConfig) -> None:
     """Create the run directory and write config.yaml, on the first rank."""
     if rank() != 0:
         return
@@ -136,7 +138,10 @@ def _run(config: MispoConfig, directory: RunDir, saved: Sequence[Path], use: Use
     def build() -> Run:
         from mispo.build.run import build_run
 
-        return build_run(config, directory.root, resume=use is Use.CONTINUE, saved=saved)
+        run = build_run(config, directory.root, resume=use is Use.CONTINUE, saved=saved)
+        if use is Use.CONTINUE:  # only now: what the build refuses must not stay in config.yaml
+            _save(directory, config)
+        return run
 
     def work(run: Run) -> None:
         from mispo.loop import train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -97,17 +96,6 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
-
-
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """All combinations of a sweep such as seed=0,1,2, each a list of plain overrides."""
-    choices = [
-        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [o.input_line]
-        for o in parse_overrides(overrides)
-    ]
-    return [[str(part) for part in job] for job in itertools.product(*choices)]
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:

@@ -46,7 +46,9 @@ def _data(config: MispoConfig) -> Iterator[str]:
         yield from _source(f"eval.sets.{name}", entry)
         if entry.task is not None and entry.size is None:
             yield f"eval.sets.{name}.size: a generated task has no end; say how many problems"
-    if config.warm_start.steps and any(source.task is None for source in sources(config).values()):
+    if config.warm_start.steps and data.mixture:
+        yield "warm_start.steps: traces exist for data.task, and data.mixture has none; set it to 0"
+    elif config.warm_start.steps and any(source.task is None for source in sources(config).values()):
         yield "warm_start.steps: traces exist for generated tasks only; set it to 0, or data.task"
 
 
@@ -77,12 +79,14 @@ TAKEN = ("mean", "failed", "finished_mean", "overlong_penalty")
 def _rewards(config: MispoConfig) -> Iterator[str]:
     parts = config.reward.parts
     if not any(part.weight for part in parts.values()):
-        yield "reward.parts: no part has a weight, so there is nothing to learn; give one a weight other than 0"
+        yield "reward.parts: no part has a weight, so there is nothing to learn; give one a weight above 0"
     files = [key for key, source in sources(config).items() if source.task is None and source.path is not None]
     for name, part in parts.items():
         if name in TAKEN:
             yield f"reward.parts.{name}: the metric reward/{name} exists already; give the part another name"
-        if part.name == "gym" and files:
+        if part.name == "gym" and config.data.mixture:
+            yield f"reward.parts.{name}.name: gym scores data.task, and data.mixture has none; use reward=exact"
+        elif part.name == "gym" and files:
             yield (
                 f"reward.parts.{name}.name: gym scores reasoning-gym tasks, but {files[0]}.task is not set; use "
                 "reward=exact"

@@ -135,7 +135,7 @@ class RewardPartConfig:
     name: str = "gym"
     """gym: reasoning-gym's scorer for `data.task`, exact; exact: text after the thinking equals the answer; format: one
     closed think block, then an answer; package.module:function: a function of yours."""
-    weight: float = setting(1.0)
+    weight: float = setting(1.0, least=0)
     """Factor of this part in the sum; 0 = only logged. Ours."""
 
 
@@ -150,7 +150,8 @@ class RewardConfig:
     parts: dict[str, RewardPartConfig] = field(default_factory=_task_reward)
     """Terms of the reward by name; each is logged as `reward/NAME`. Ours."""
     timeout_s: float = setting(10.0, above=0)
-    """Seconds one score may take before its worker is killed; the outcome is then `timeout`, reward 0."""
+    """Seconds one score may take before its worker is killed; the outcome is then `timeout`, with the
+    lowest reward."""
     workers: int = setting(1, least=1)
     """Child processes that score."""
     permute: bool = False

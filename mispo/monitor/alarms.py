@@ -114,7 +114,7 @@ def rewards(metrics: Row, config: MispoConfig) -> str | None:
     return (
         f"reward/failed: the verifier failed on {metrics['reward/failed']:.0%} of the completions (error, timeout, or "
         "a value that is no number or outside of its declared range), which count as its lowest reward. The messages "
-        "are in rollouts/step_N.parquet, column message; look at reward.name and reward.timeout_s"
+        "are in rollouts/step_N.parquet, column message; look at reward.parts and reward.timeout_s"
     )
 
 

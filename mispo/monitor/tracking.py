@@ -73,14 +73,6 @@ class Tracker:
         """The id to save in checkpoints and hand back on resume; None if W&B is disabled."""
         return self._run.id if self._run else None
 
-    @property
-    def destination(self) -> str:
-        """A line for people: where the metrics of this run can be seen."""
-        if self._run is None:
-            return self._file.name
-        where = "offline (upload with `wandb sync`)" if self._run.offline else self._run.url
-        return f"{self._file.name}, W&B {where}"
-
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Write one row and flush it. NaN and infinities become null (in W&B they are left out)."""
         for key, value in metrics.items():

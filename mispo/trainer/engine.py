@@ -35,7 +35,7 @@ DECIDED_BY = {
     "train_batch_size": "rollout.prompts_per_step",
     "train_micro_batch_size_per_gpu": "trainer.tokens_per_microbatch",
     "gradient_accumulation_steps": "trainer.tokens_per_microbatch",
-    "gradient_clipping": "optimizer.max_grad_norm",
+    "gradient_clipping": "optimizer",
     "zero_optimization.stage": "trainer.zero_stage",
     "zero_optimization.offload_optimizer": "trainer.offload",
     "zero_optimization.offload_param": "trainer.offload",

@@ -93,7 +93,9 @@ class Publisher:
         return saved
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue with the old weights of a checkpoint."""
+        """Continue with the old weights of a checkpoint; without lag there is no use for them."""
+        if not self.history.lag:
+            return
         snapshots: dict[int, dict[str, Tensor]] = {}
         expected: dict[int, dict[int, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -105,7 +107,7 @@ class Publisher:
         for held in sorted(snapshots):
             self.history.push(held, snapshots[held])
         self._expected = {version: [kept[i] for i in sorted(kept)] for version, kept in expected.items()}
-        if self.history.lag and not snapshots:
+        if not snapshots:
             self.record()  # rollouts that were current until now begin to lag
 
     def _expect(self) -> None:

@@ -134,7 +134,7 @@ def _decided(config: TrainerConfig, optimizer: OptimizerPart) -> dict[str, tuple
     return {
         "MIXED_PRECISION": ("trainer.dtype", "no"),
         "GRADIENT_ACCUMULATION_STEPS": ("trainer.tokens_per_microbatch", "1"),
-        "GRADIENT_CLIPPING": ("optimizer.max_grad_norm", str(clipping)),
+        "GRADIENT_CLIPPING": ("optimizer", str(clipping)),
         "DEEPSPEED_ZERO_STAGE": ("trainer.zero_stage", str(config.zero_stage)),
         "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("trainer.offload", hosted[0]),
         "DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("trainer.offload", hosted[1]),

@@ -30,7 +30,7 @@ class UpdateSettings:
     """How a step's samples become updates.
 
     seed: of the run. temperature: of the rollouts. value_clip: see `critic_loss`. value_weight: of the value loss in a
-    joint loss with the policy's (critic kind shared). mtp_weight: of the draft heads' loss, 0 = they do not learn.
+    joint loss with the policy's (critic=shared). mtp_weight: of the draft heads' loss, 0 = they do not learn.
     """
 
     layout: Layout
@@ -102,7 +102,7 @@ def actor_updates(
 
     Trajectories of which every token was rejected are not computed, unless the loss has terms for them too. If the
     method rechecks, each mini-batch after the first is weighted by the filter under the current π_θ (before the first,
-    π_θ is π_old). With values in the actor's trunk (critic kind shared) the loss is joint.
+    π_θ is π_old). With values in the actor's trunk (critic=shared) the loss is joint.
     """
     samples = targets.samples
     joint = targets.values if actor.module.value_head is not None else None

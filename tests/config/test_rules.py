@@ -31,11 +31,16 @@ FILE = ["recipe=paper", "data.path=d.jsonl"]
         ),
         (
             ["recipe=paper", "data.mixture.a.path=x", "data.mixture.b.task=count_bits", "reward=gym"],
-            "gym scores reasoning-gym tasks, but data.mixture.a.task is not set",
+            "reward.parts.task.name: gym scores data.task, and data.mixture has none",
+        ),
+        (
+            ["data.task=null", "data.mixture.a.task=count_bits", "reward=exact"],
+            "warm_start.steps: traces exist for data.task, and data.mixture has none",
         ),
         (["eval.sets.a.samples=3"], "eval.sets.a: set exactly one of eval.sets.a.task and eval.sets.a.path"),
         (["eval.sets.a.task=count_bits"], "eval.sets.a.size: a generated task has no end; say how many problems"),
         (["reward.parts.mean.name=format"], "reward.parts.mean: the metric reward/mean exists already"),
+        (["reward.parts.task.weight=-1"], "reward.parts.task.weight: must be at least 0 (is -1.0)"),
         (["reward.parts.task.weight=0"], "reward.parts: no part has a weight"),
         (["~reward.parts.task"], "reward.parts: no part has a weight"),
         (["trainer.actor_minibatches=257"], "trainer.actor_minibatches: must be at most the trajectories of a step, 2"),

@@ -189,6 +189,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_resuming_from_a_checkpoint_with_a_foreign_actor_is_refused(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     train(run, "trainer.steps=1")
+    kept = (run / "config.yaml").read_text()
+    refused = mispo("train", "--resume", str(run), "trainer.mtp_weight=0.1", cwd=tmp_path)
+    assert "trainer.mtp_weight: the model has no draft heads" in refused.stderr
+    assert (run / "config.yaml").read_text() == kept
     train(other, "trainer.steps=1", "model.preset=tiny", "warm_start.steps=1")
     shutil.rmtree(run / "checkpoints/step_1/actor")
     shutil.copytree(other / "checkpoints/step_1/actor", run / "checkpoints/step_1/actor")

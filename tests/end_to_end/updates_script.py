@@ -19,6 +19,7 @@ from mispo.algorithm.method import ValueTargets
 from mispo.algorithm.objective import Objective, Samples
 from mispo.config.parts import AdamW, Muon
 from mispo.config.schema import TrainerConfig
+from mispo.system.rundir import RunDir
 from mispo.trainer.batch import Layout, Packing, pack
 from mispo.trainer.checkpoint.files import newest_checkpoint
 from mispo.trainer.checkpoint.states import Checkpoints
@@ -124,7 +125,7 @@ def main() -> None:
     packing = Packing("bootstrap", TRAJECTORIES, samples_per_prompt=1, penalty=lambda length: 0.0)
     settings = settings_of(layout, temperature=1.0, actor_minibatches=2, critic_minibatches=3)
     learner = Learner(ranks, actor, critic, None, publisher, packing, settings, False, 0, 0.0, 0)
-    directory = Path(flags.get("--save", "nowhere"))
+    directory = RunDir(Path(flags.get("--save", "nowhere/checkpoints")).parent)
     registered = {"learner": learner}
     checkpoints = Checkpoints(directory, learner, tokenizer, registered, keep_last=1, keep_best=0, last=None)
     if checkpoint:

@@ -40,6 +40,15 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists() if sys.platform == "linux" else _signal_0(pid)
 
 
+def running(pid: int) -> bool:
+    """Whether it still does something: one that nobody waits for stays as a zombie."""
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "Z (zombie)" not in status.read_text() if sys.platform == "linux" else _signal_0(pid)
+    except OSError:
+        return False
+
+
 def _signal_0(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -183,6 +192,24 @@ def test_a_verifier_that_hangs_is_killed_and_the_others_go_on() -> None:
     assert scores[0].info["outcome"] == "timeout"
     assert "reward.timeout_s = 1" in scores[0].info["message"]
     assert [s.value for s in scores[1:]] == [1.0] * 5
+
+
+def test_a_verifier_that_closes_everything_costs_one_score() -> None:
+    with RewardPool(only("verifiers:misbehaves"), 1, 10) as pool:
+        closed, good = pool.score([item("close"), item("good")])
+    assert closed.info["outcome"] == "error"
+    assert good.value == 1.0
+
+
+def test_what_a_verifier_has_started_ends_with_its_child(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with RewardPool(only("verifiers:misbehaves"), 1, timeout_s=5) as pool:
+        (late,) = pool.score([item("start", note=str(note))])
+    assert late.info["outcome"] == "timeout"
+    deadline = time.monotonic() + 20
+    while running(int(note.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(int(note.read_text()))
 
 
 def test_a_child_that_dies_costs_one_score() -> None:

@@ -14,7 +14,7 @@ import mispo
 ROOT = Path(mispo.__file__).parents[1]
 READERS = tuple(str(ROOT / folder) for folder in ("mispo", "rollouts", "rewards", "model"))
 WRITES_ALL = str(ROOT / "mispo" / "config")
-"""Code that walks through every setting, to check, save or describe it, which is no use of one."""
+"""Code that walks through every setting, to check, save or describe it: no use of one, but for properties of parts."""
 
 Setting = tuple[str, str]
 """Class of the section or part, field."""
@@ -29,7 +29,8 @@ def recorded(config: Any) -> Iterator[set[Setting]]:
     def instrument(section: type) -> None:
         def read(self: Any, name: str) -> Any:
             file = sys._getframe(1).f_code.co_filename
-            if file.startswith(READERS) and not file.startswith(WRITES_ALL):
+            answers = isinstance(getattr(type(self), sys._getframe(1).f_code.co_name, None), property)
+            if file.startswith(READERS) and (answers or not file.startswith(WRITES_ALL)):
                 seen.add((type(self).__name__, name))
             return object.__getattribute__(self, name)
 

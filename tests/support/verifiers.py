@@ -1,8 +1,10 @@
 """Verifiers that misbehave, for the tests of the pool; imported by its child processes."""
 
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +23,13 @@ def misbehaves(prompt: str, completion: str, answer: str, **row: Any) -> Any:
             time.sleep(1)
     if completion == "exit":
         os._exit(7)
+    if completion == "close":
+        os.closerange(0, 64)
+        time.sleep(60)
+    if completion == "start":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        Path(row["note"]).write_text(str(child.pid))
+        time.sleep(60)
     if completion == "print":
         sys.stdout.write('{"value": 1.0, "info": {}}\n')
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from mispo.algorithm.controller import QuantileFilter
 from mispo.algorithm.loss import mispo_loss
 from mispo.algorithm.objective import Objective
 from mispo.metrics.record import LowConfidence
+from mispo.system.rundir import RunDir
 from mispo.trainer.batch import Layout, Packing
 from mispo.trainer.checkpoint.files import read_state
 from mispo.trainer.checkpoint.states import Checkpoints, State, Stateful
@@ -50,7 +51,7 @@ def checkpoints(directory: Path, registered: dict[str, Stateful], *, keep_last: 
     actor = cast(TrainEngine, plain)
     learner = Learner(plain.ranks, actor, None, None, None, packing, settings_of(Layout(100)), False, 0, 0.0, 0)
     everything = {"learner": learner, "evaluation": Evaluated(), **registered}
-    return Checkpoints(directory, learner, TOKENIZER, everything, keep_last=keep_last, keep_best=0, last=None)
+    return Checkpoints(RunDir(directory), learner, TOKENIZER, everything, keep_last=keep_last, keep_best=0, last=None)
 
 
 class Evaluated(Remembered):
@@ -134,5 +135,5 @@ def test_older_checkpoints_go(tmp_path: Path) -> None:
     saving = checkpoints(tmp_path, {}, keep_last=1)
     for step in (1, 2):
         saving.save(step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_2"]
-    assert (tmp_path / "latest").resolve().name == "step_2"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_2"]
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_2"

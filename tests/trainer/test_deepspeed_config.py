@@ -40,7 +40,7 @@ def test_a_file_of_the_users_own_is_merged_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"gradient_clipping": 2}', "sets 'gradient_clipping'; leave it out, optimizer.max_grad_norm decides it"),
+        ('{"gradient_clipping": 2}', "sets 'gradient_clipping'; leave it out, optimizer decides it"),
         ('{"zero_optimization": {"stage": 1}}', "sets 'zero_optimization.stage'; leave it out, trainer.zero_stage"),
         ('{"bf16": {"enabled": true}}', "trainer.dtype decides it"),
         ("{", "cannot be read as JSON"),

@@ -1,9 +1,16 @@
 """Weights of some updates ago."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from mispo.trainer.history import WeightHistory
+from mispo.trainer.policy import ActorModule
+from mispo.trainer.publish import Publisher
+from model.build import build_policy
+from support.batches import Plain
 
 
 def push(history: WeightHistory, *versions: int) -> None:
@@ -47,3 +54,18 @@ def test_misuse_is_caught() -> None:
     push(history, 3)
     with pytest.raises(AssertionError, match="rise"):
         push(history, 3)
+
+
+def test_old_weights_are_of_no_use_to_a_run_that_no_longer_lags() -> None:
+    """A run that lagged continues with rollout.lag=0, and its next checkpoint can be written."""
+    policy, _ = build_policy("micro", None, seed=0)
+    engine: Any = Plain("actor", ActorModule(policy, torch.float32))
+    engine.updates, engine.engine = 8, SimpleNamespace(zero_optimization_stage=lambda: 0)
+    probe = [torch.arange(7, 15)]
+    made = {"probe": probe, "packed": False, "temperature": 1.0, "convert": lambda weights: weights}
+    lagging = Publisher(engine, WeightHistory(4), **made)
+    lagging.record()
+    current = Publisher(engine, WeightHistory(0), **made)
+    current.restore(lagging.tensors())
+    assert current.due().version == 8
+    assert current.tensors() == {}

@@ -43,7 +43,7 @@ def test_a_plain_accelerate_launch_is_refused_with_the_fix(monkeypatch: pytest.M
         ("MIXED_PRECISION", "bf16", "trainer.dtype"),
         ("MIXED_PRECISION", "fp16", "trainer.dtype"),
         ("GRADIENT_ACCUMULATION_STEPS", "4", "trainer.tokens_per_microbatch"),
-        ("GRADIENT_CLIPPING", "0.5", "optimizer.max_grad_norm"),
+        ("GRADIENT_CLIPPING", "0.5", "optimizer"),
         ("DEEPSPEED_ZERO_STAGE", "2", "trainer.zero_stage"),
         ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "trainer.offload"),
         ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "trainer.offload"),

@@ -16,7 +16,7 @@ def route(**settings):
 
 
 def test_without_the_workaround_the_cpu_router_refuses_sigmoid() -> None:
-    """When this fails, vLLM has learned it, and rollouts/vllm_router.py can go."""
+    """When this fails, vLLM has learned it, and rollouts/vllm/cpu_router.py can go."""
     program = """
 try:
     route(scoring_func="sigmoid")

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mispo.system.files import writing
+from mispo.system.rundir import RunDir
 from mispo.trainer.batch import ModelInput
 from mispo.trainer.checkpoint.files import finish_checkpoint, list_checkpoints, read_state, superfluous
 from mispo.trainer.engine import TrainEngine
@@ -54,13 +55,13 @@ class Stateful(Protocol):
 class Checkpoints:
     """Writes checkpoints of a run and continues from one.
 
-    directory: RUN/checkpoints. registered: the parts that have a state, by their name in state.json. last: the newest
+    directory: of the run. registered: the parts that have a state, by their name in state.json. last: the newest
     checkpoint, None before the first.
     """
 
     def __init__(
         self,
-        directory: Path,
+        directory: RunDir,
         learner: Learner,
         tokenizer: PreTrainedTokenizerBase,
         registered: Mapping[str, Stateful],
@@ -87,7 +88,7 @@ class Checkpoints:
         states: those at the end of that step, if the next one has begun since. OSError if it cannot be written; earlier
         checkpoints then remain.
         """
-        final = self.directory / f"step_{step}"
+        final = self.directory.checkpoint(step)
         with writing(final):
             self._write(step, final, self.states() if states is None else states)
         self.last = final
@@ -112,7 +113,7 @@ class Checkpoints:
             except (SafetensorError, RuntimeError) as error:  # raised by safetensors and torch on a full disk
                 raise OSError(f"the checkpoint {final} could not be written: {error}") from error
             finish_checkpoint(temporary, final, {"step": step, "states": states})
-            for old in superfluous(list_checkpoints(self.directory), self.keep_last, self.keep_best):
+            for old in superfluous(list_checkpoints(self.directory.checkpoints), self.keep_last, self.keep_best):
                 shutil.rmtree(old)
         self.learner.ranks.barrier()
 
