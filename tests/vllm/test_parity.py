@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
-from vllm_process import Pairs, vllm_logprobs
 
 from model.moe.routers import find_routers, keep_router_fp32
 from model.presets import preset_config
@@ -18,6 +17,7 @@ from model.step.step import StepForCausalLM
 from model.tokenizer import character_tokenizer
 from rollouts.engine import Request, run_all
 from rollouts.native.engine import NativeEngine
+from support.vllm_process import Pairs, vllm_logprobs
 
 SETTINGS = {"tiny": {}, "limits": {"swiglu_limits_shared": [0.0, 0.5, 0.0, 2.0]}}
 """vLLM has no limit on routed experts on a CPU."""

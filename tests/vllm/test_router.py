@@ -1,6 +1,6 @@
 """The workaround for vLLM's CPU router, in vLLM's environment."""
 
-from vllm_process import run_in_vllm
+from support.vllm_process import run_in_vllm
 
 ROUTE = """
 import torch
